@@ -1,0 +1,218 @@
+"""Train a small unconditional UNet2DModel (eps-prediction, DDPM schedule) and save it as a diffusers pipeline directory.
+
+The data may be a folder of images, a zip or tar of one, or an npz holding one uint8 array of images
+``[count, height, width]`` or ``[count, height, width, channels]``. Everything a run needs to go on is in one
+safetensors checkpoint; batches depend on the seed and the iteration number only, so a resumed run sees the batches that
+an uninterrupted one would have seen.
+
+    python examples/train_backbone.py mnist_train.npz -o runs/mnist
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import os
+import tarfile
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
+
+
+def iterate_files(source: Path) -> Iterator[bytes]:
+    """Yield the bytes of every image file in a folder, zip or tar, in name order for folders and zips."""
+    if source.is_dir():
+        for path in sorted(source.rglob("*")):
+            if path.suffix.lower() in IMAGE_SUFFIXES:
+                yield path.read_bytes()
+    elif zipfile.is_zipfile(source):
+        with zipfile.ZipFile(source) as archive:
+            for name in sorted(archive.namelist()):
+                if Path(name).suffix.lower() in IMAGE_SUFFIXES:
+                    yield archive.read(name)
+    elif tarfile.is_tarfile(source):
+        with tarfile.open(source) as archive:
+            for member in archive:
+                file = archive.extractfile(member) if Path(member.name).suffix.lower() in IMAGE_SUFFIXES else None
+                if file is not None:
+                    yield file.read()
+    else:
+        raise SystemExit(f"{source}: expected an image folder, a zip or tar of one, or an npz; found none of these")
+
+
+def load_images(source: Path, size: int, channels: int) -> torch.Tensor:
+    """Load every image as uint8 ``[count, channels, size, size]``."""
+    mode = {1: "L", 3: "RGB"}[channels]
+
+    def fit(image: Image.Image) -> np.ndarray:
+        image = image.convert(mode)
+        return np.asarray(image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BICUBIC))
+
+    if source.suffix == ".npz":
+        with np.load(source, allow_pickle=False) as arrays:
+            found = [arrays[name] for name in arrays if arrays[name].dtype == np.uint8 and arrays[name].ndim in (3, 4)]
+        if not found:
+            raise SystemExit(f"{source}: expected a uint8 array [count, height, width(, channels)]; found none")
+        images = [fit(Image.fromarray(image.squeeze())) for image in found[0]]
+    else:
+        images = [fit(Image.open(io.BytesIO(data))) for data in iterate_files(source)]
+    if not images:
+        raise SystemExit(f"{source}: no images found (endings looked for: {', '.join(sorted(IMAGE_SUFFIXES))})")
+    return torch.from_numpy(np.stack(images)).reshape(len(images), size, size, channels).permute(0, 3, 1, 2).contiguous()
+
+
+def make_model(args: argparse.Namespace) -> torch.nn.Module:
+    from diffusers import UNet2DModel
+
+    levels = len(args.block_out_channels)
+    attention = [level in args.attention_levels for level in range(levels)]
+    return UNet2DModel(
+        sample_size=args.size,
+        in_channels=args.channels,
+        out_channels=args.channels,
+        layers_per_block=args.layers_per_block,
+        block_out_channels=tuple(args.block_out_channels),
+        norm_num_groups=args.norm_num_groups,
+        attention_head_dim=args.attention_head_dim,
+        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attention),
+        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
+    )
+
+
+def make_scheduler():
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+
+
+class Checkpoint:
+    """Model, moving average and Adam moments in one safetensors file, replaced atomically."""
+
+    def __init__(self, path: Path, model: torch.nn.Module, ema: dict[str, torch.Tensor], optimizer: torch.optim.AdamW):
+        self.path, self.model, self.ema, self.optimizer = path, model, ema, optimizer
+
+    def save(self, iteration: int, seconds: float) -> None:
+        tensors = {f"model/{k}": v.detach().clone() for k, v in self.model.state_dict().items()}
+        tensors |= {f"ema/{k}": v.clone() for k, v in self.ema.items()}
+        for name, parameter in self.model.named_parameters():
+            state = self.optimizer.state[parameter]
+            tensors |= {f"adam/{key}/{name}": state[key].clone() for key in ("exp_avg", "exp_avg_sq", "step")}
+        temporary = self.path.with_suffix(".tmp")
+        save_file(tensors, temporary, metadata={"iteration": str(iteration), "seconds": str(seconds)})
+        os.replace(temporary, self.path)
+
+    def load(self) -> tuple[int, float]:
+        with safe_open(self.path, "pt") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+        self.model.load_state_dict({k[len("model/") :]: v for k, v in tensors.items() if k.startswith("model/")})
+        self.ema.update({k[len("ema/") :]: v for k, v in tensors.items() if k.startswith("ema/")})
+        for name, parameter in self.model.named_parameters():
+            self.optimizer.state[parameter] = {
+                key: tensors[f"adam/{key}/{name}"] for key in ("exp_avg", "exp_avg_sq", "step")
+            }
+        return int(metadata["iteration"]), float(metadata["seconds"])
+
+
+def train(args: argparse.Namespace, images: torch.Tensor, bar: Progress) -> tuple[torch.nn.Module, float]:
+    """Run (or go on with) the training and return the model holding the averaged weights, and the seconds spent."""
+    torch.manual_seed(args.seed)
+    model = make_model(args)
+    ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, betas=(0.9, 0.99))
+    checkpoint = Checkpoint(args.output / "checkpoint.safetensors", model, ema, optimizer)
+    start, spent = checkpoint.load() if checkpoint.path.exists() else (0, 0.0)
+    alphas_cumprod = make_scheduler().alphas_cumprod
+    task = bar.add_task("training", total=args.iterations, completed=start, loss="-")
+    clock, average, log = time.monotonic() - spent, None, (args.output / "log.jsonl").open("a")
+    for iteration in range(start, args.iterations):
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + iteration)
+        x0 = images[torch.randint(len(images), (args.batch,), generator=generator)].float() / 127.5 - 1
+        if args.flip:
+            x0 = torch.where(torch.rand(args.batch, 1, 1, 1, generator=generator) < 0.5, x0.flip(-1), x0)
+        noise = torch.randn(x0.shape, generator=generator)
+        t = torch.randint(len(alphas_cumprod), (args.batch,), generator=generator)
+        alpha_bar = alphas_cumprod[t].view(-1, 1, 1, 1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.autocast):
+            prediction = model(alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise, t).sample
+        loss = (prediction.float() - noise).square().mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        warm = min(1.0, (iteration + 1) / args.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * iteration / args.iterations)))
+        optimizer.step()
+        decay = min(args.ema, (1 + iteration) / (10 + iteration))
+        with torch.no_grad():
+            for name, value in model.state_dict().items():
+                ema[name].lerp_(value, 1 - decay) if value.is_floating_point() else ema[name].copy_(value)
+        average = loss.item() if average is None else 0.99 * average + 0.01 * loss.item()
+        bar.update(task, advance=1, loss=f"{average:.4f}")
+        if (iteration + 1) % 100 == 0:
+            log.write(json.dumps({"iteration": iteration + 1, "loss": average, "seconds": time.monotonic() - clock}) + "\n")
+            log.flush()
+        if (iteration + 1) % args.checkpoint_every == 0 or iteration + 1 == args.iterations:
+            checkpoint.save(iteration + 1, time.monotonic() - clock)
+    log.close()
+    model.load_state_dict(ema)
+    return model.eval(), time.monotonic() - clock
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="image folder, zip or tar of one, or npz")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="run directory; the pipeline goes to OUTPUT/pipeline")
+    parser.add_argument("--size", type=int, default=28, help="height and width in pixels")
+    parser.add_argument("--channels", type=int, default=1, choices=(1, 3))
+    parser.add_argument("--block-out-channels", type=int, nargs="+", default=[32, 64, 96])
+    parser.add_argument("--layers-per-block", type=int, default=1)
+    parser.add_argument("--attention-levels", type=int, nargs="*", default=[2], help="levels with attention, 0 = full size")
+    parser.add_argument("--attention-head-dim", type=int, default=32)
+    parser.add_argument("--norm-num-groups", type=int, default=8)
+    parser.add_argument("--iterations", type=int, default=12_000)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--warmup", type=int, default=200, help="iterations of linear warm-up")
+    parser.add_argument("--ema", type=float, default=0.999, help="decay of the moving average of the weights")
+    parser.add_argument("--flip", action="store_true", help="mirror half of the images")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--autocast", action=argparse.BooleanOptionalAction, default=True, help="bf16 autocast")
+    parser.add_argument("--fp16", action="store_true", help="store the weights in half precision")
+    parser.add_argument("--checkpoint-every", type=int, default=500)
+    parser.add_argument("--threads", type=int, default=None)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    from diffusers import DDPMPipeline
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    images = load_images(args.data, args.size, args.channels)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"))
+    with Progress(*columns, TimeRemainingColumn()) as bar:
+        model, seconds = train(args, images, bar)
+    model = model.half() if args.fp16 else model
+    DDPMPipeline(unet=model, scheduler=make_scheduler()).save_pretrained(args.output / "pipeline")
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{len(images)} images, {parameters} parameters, {args.iterations} iterations, {seconds:.0f} s")
+    print(f"saved {args.output / 'pipeline'}")
+
+
+if __name__ == "__main__":
+    main()

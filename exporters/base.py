@@ -1,0 +1,139 @@
+"""The adapter protocol: everything the rest of the project needs to know about a backbone family.
+
+An adapter wraps an unmodified network. It finds the sites from the module graph and replaces each site's embedding by
+a given one through forward pre-hooks, so no model code is forked. A new family is one file beside this one and a line
+in ``families()``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mteo_deploy.errors import InputError
+from mteo_deploy.schedules import NoiseLevels
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place where a layer takes in the time embedding: the layer's module path and the embedding's width."""
+
+    name: str
+    width: int
+
+
+class Adapter(ABC, torch.nn.Module):
+    """A frozen backbone whose sites can be given their embeddings.
+
+    Attributes:
+        family: the network class this adapter serves, e.g. ``UNet2DModel``.
+        sites: in the order the embeddings are passed.
+        sample_shape: ``(channels, height, width)``.
+    """
+
+    family: str
+    network: torch.nn.Module
+    sites: tuple[Site, ...]
+    sample_shape: tuple[int, ...]
+    prediction_type: str
+    levels: NoiseLevels
+    config: dict[str, Any]
+
+    @classmethod
+    @abstractmethod
+    def load(cls, network_dir: Path, scheduler_config: dict[str, Any]) -> Adapter:
+        """Load the network of a diffusers model directory."""
+
+    @abstractmethod
+    def embedding(self, timestep: torch.Tensor) -> torch.Tensor:
+        """The pretrained embedding at continuous timesteps: ``[count]`` -> ``[count, width]``."""
+
+    @abstractmethod
+    def forward(self, state: torch.Tensor, *embeddings: torch.Tensor) -> torch.Tensor:
+        """The network's output for a unit-variance state ``[batch, ...]`` and one ``[1, width]`` embedding per site."""
+
+    def at_timestep(self, state: torch.Tensor, timestep: float) -> torch.Tensor:
+        """The network with its own, ordinary time conditioning."""
+        embedding = self.embedding(torch.tensor([timestep], dtype=state.dtype))
+        return self(state, *[embedding] * len(self.sites))
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(p.numel() for p in self.network.parameters())
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the configuration and every weight in float32, independent of how the file stored them."""
+        config = {k: v for k, v in self.config.items() if not k.startswith("_")}
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=list).encode())
+        for name, value in sorted(self.network.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def families() -> dict[str, type[Adapter]]:
+    """Network class name -> adapter."""
+    from mteo_deploy.exporters.unet2d import UNet2DAdapter
+
+    return {adapter.family: adapter for adapter in (UNet2DAdapter,)}
+
+
+def _read_json(path: Path, what: str, way_out: str) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"expected {what} at {path}; found nothing there; {way_out}") from None
+    except (ValueError, OSError) as error:
+        raise InputError(f"expected {what} at {path}; it cannot be read ({error}); {way_out}") from None
+    if not isinstance(data, dict):
+        raise InputError(f"expected {what} at {path}; found another JSON value; {way_out}")
+    return data
+
+
+def load_backbone(model: Path) -> Adapter:
+    """Load the denoising network of a diffusers pipeline directory, frozen, in float32 on the CPU.
+
+    Raises:
+        InputError: for a directory that is no diffusers pipeline, or a network class without an adapter.
+    """
+    way_out = "pass a directory written by `DDPMPipeline.save_pretrained`"
+    if not model.is_dir():
+        raise InputError(f"expected a diffusers pipeline directory at {model}; found {'a file' if model.exists() else 'nothing'}; {way_out}")
+    index = _read_json(model / "model_index.json", "a diffusers pipeline's model_index.json", way_out)
+    parts = {name: entry[1] for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
+    known = families()
+    network = next((name for name, cls in parts.items() if cls in known), None)
+    if network is None:
+        found = ", ".join(f"{name}: {cls}" for name, cls in parts.items() if cls) or "no networks"
+        raise InputError(f"expected a backbone of class {', '.join(known)}; {model} has {found}")
+    scheduler = _read_json(model / "scheduler" / "scheduler_config.json", "the noise schedule", way_out)
+    adapter = known[parts[network]].load(model / network, scheduler)
+    return adapter.requires_grad_(False).eval()
+
+
+def noise_levels(scheduler_config: dict[str, Any]) -> tuple[NoiseLevels, str]:
+    """Noise levels and prediction type of a DDPM-type scheduler configuration.
+
+    Raises:
+        InputError: for a beta schedule or prediction type that is not supported.
+    """
+    from diffusers import DDPMScheduler
+
+    config = {k: v for k, v in scheduler_config.items() if not k.startswith("_")}
+    prediction_type = config.get("prediction_type", "epsilon")
+    try:
+        scheduler = DDPMScheduler.from_config({**config, "_class_name": "DDPMScheduler"})
+    except (NotImplementedError, ValueError, TypeError) as error:
+        raise InputError(f"expected a noise schedule that diffusers' DDPMScheduler knows; {error}") from None
+    return NoiseLevels.from_alphas_cumprod(scheduler.alphas_cumprod.double().numpy()), prediction_type
+
+
+def site_dict(sites: Sequence[Site]) -> dict[str, int]:
+    return {site.name: site.width for site in sites}

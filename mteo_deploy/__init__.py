@@ -1,0 +1,52 @@
+"""Few-step diffusion, shipped: learn per-step, per-layer time embeddings, bake them into ONNX graphs, run and verify.
+
+The public names load on first use, so that ``import mteo_deploy`` costs little and the sampling side never imports torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# In a checkout `exporters/`, `engines/` and `cli.py` stand beside this package, in a wheel inside it: same import names.
+if not (Path(__file__).parent / "exporters").is_dir():
+    __path__.append(str(Path(__file__).parent.parent))
+
+_PUBLIC = {
+    "distill": "mteo_deploy.distill",
+    "export": "mteo_deploy.exporters.export",
+    "build": "mteo_deploy.engines.build",
+    "Sampler": "mteo_deploy.sampler",
+    "verify": "mteo_deploy.verify",
+    "inspect": "mteo_deploy.inspection",
+    "Bundle": "mteo_deploy.bundle",
+    "EmbeddingSet": "mteo_deploy.embeddings",
+    "Plan": "mteo_deploy.plan",
+    "compile_plan": "mteo_deploy.plan",
+    "MteoError": "mteo_deploy.errors",
+}
+
+__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604 (the names are strings, listed above)
+
+if TYPE_CHECKING:
+    from mteo_deploy.bundle import Bundle
+    from mteo_deploy.distill import distill
+    from mteo_deploy.embeddings import EmbeddingSet
+    from mteo_deploy.engines.build import build
+    from mteo_deploy.errors import MteoError
+    from mteo_deploy.exporters.export import export
+    from mteo_deploy.inspection import inspect
+    from mteo_deploy.plan import Plan, compile_plan
+    from mteo_deploy.sampler import Sampler
+    from mteo_deploy.verify import verify
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'mteo_deploy' has no attribute {name!r}")
+    value = getattr(import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,156 @@
+"""The bundle: the directory that ships. Written whole or not at all, and checked before a byte of it is used.
+
+The graphs and their weight file lie in one folder, because ONNX readers refuse external data outside the graph's folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mteo_deploy.errors import BundleError, InputError
+from mteo_deploy.plan import Plan
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def whole_directory(target: Path, *, replace: str | None = None) -> Iterator[Path]:
+    """A temporary sibling of ``target`` that becomes ``target`` when the block ends without an error.
+
+    Args:
+        replace: name of a file that marks an old result which may be replaced; anything else at ``target`` is refused.
+
+    Raises:
+        InputError: when ``target`` exists and is not such a result, or the disk cannot take it.
+    """
+    if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or (replace and (target / replace).is_file()))):
+        raise InputError(f"expected a new path or an older result at {target}; found something else; pass another -o/--output")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    except OSError as error:
+        raise InputError(f"cannot write beside {target}: {error.strerror or error}; pass another -o/--output") from None
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        aside = temporary.with_suffix(".old")
+        if target.exists():
+            os.replace(target, aside)
+        os.replace(temporary, target)
+        shutil.rmtree(aside, ignore_errors=True)
+    except OSError as error:
+        raise InputError(f"could not write {target}: {error.strerror or error}; nothing was kept; free space or pass -o") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle whose files have been checked against the manifest."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: Path | str) -> Bundle:
+        """Read the manifest and check every file's size and SHA-256.
+
+        Raises:
+            BundleError: when something is missing, altered, of a newer schema, or points outside the bundle.
+        """
+        path = Path(path)
+        if not (path / MANIFEST).is_file():
+            raise BundleError(f"expected a bundle (a directory with {MANIFEST}) at {path}; make one with: mteo-deploy export -o DIR")
+        try:
+            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+            schema, files = manifest["schema"], manifest["files"]
+            entries = [(name, entry["bytes"], entry["sha256"]) for name, entry in files.items()]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BundleError(f"{path / MANIFEST} is not a bundle manifest ({error!r}); export again") from None
+        if not isinstance(schema, int) or schema > SCHEMA:
+            raise BundleError(f"expected bundle schema {SCHEMA} or older; found {schema}; upgrade mteo-deploy")
+        bundle = cls(path, manifest)
+        for name, size, digest in entries:
+            file = bundle.file(name)
+            if not file.is_file():
+                raise BundleError(f"{path}: {name} is missing; export again")
+            if file.stat().st_size != size:
+                raise BundleError(f"{path}: {name} has {file.stat().st_size} bytes, expected {size} (truncated?); export again")
+            if sha256_file(file) != digest:
+                raise BundleError(f"{path}: {name} was altered (its SHA-256 differs from the manifest's); export again")
+        return bundle
+
+    def file(self, name: str) -> Path:
+        """Path of a file named in the manifest.
+
+        Raises:
+            BundleError: when the name leaves the bundle.
+        """
+        pure = PurePosixPath(name)
+        path = self.path / pure
+        if pure.is_absolute() or ".." in pure.parts or "\\" in name or not path.resolve().is_relative_to(self.path.resolve()):
+            raise BundleError(f"{self.path}: the manifest names {name!r}, which leaves the bundle; do not trust this bundle")
+        return path
+
+    @cached_property
+    def plan(self) -> Plan:
+        return Plan.from_json(self.manifest["plan"])
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of one sample, ``(channels, height, width)``."""
+        return tuple(self.manifest["backbone"]["sample_shape"])
+
+    @property
+    def step_graphs(self) -> list[dict[str, Any]]:
+        """Per evaluation: ``graph`` (file), ``inputs`` and ``outputs`` (tensor names, in order)."""
+        graphs = self.manifest["realisations"]["baked"]
+        if len(graphs) != len(self.plan.evaluations):
+            raise BundleError(f"{self.path}: {len(graphs)} step graphs for {len(self.plan.evaluations)} evaluations; export again")
+        return list(graphs)
+
+    @property
+    def graph_hash(self) -> str:
+        """One hash over all graphs and their external data."""
+        files = self.manifest["files"]
+        lines = sorted(f"{name} {entry['sha256']}" for name, entry in files.items() if name.startswith("graphs/"))
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    def reference(self) -> dict[str, NDArray[np.float32]]:
+        """The torch reference: ``noise`` ``[count, ...]``, ``states`` and ``kept`` ``[evaluations, count, ...]``."""
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        try:
+            return load_file(self.file(self.manifest["reference"]["file"]))
+        except SafetensorError as error:
+            raise BundleError(f"{self.path}: the stored reference cannot be read ({error}); export again") from None
+
+
+def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
+    """Hash every file below ``directory`` into ``manifest["files"]`` and write the manifest."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST)
+    manifest["files"] = {
+        path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in files
+    }
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,116 @@
+"""The embedding set: what was learned, one safetensors file that explains itself.
+
+The learned quantity is stored as a *delta* on the pretrained embedding, so an all-zero set is exactly the plain solver,
+and the plan it was learned for travels in the file's metadata.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from mteo_deploy.errors import BundleError, InputError
+from mteo_deploy.plan import Plan
+
+FORMAT = "mteo-deploy embedding set"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class EmbeddingSet:
+    """Learned deltas for one backbone and one plan.
+
+    Attributes:
+        deltas: site name -> float32 ``[evaluations, width]``.
+        plan: the plan the deltas belong to.
+        backbone: fingerprint of the backbone they were learned for.
+        training: what the training reported (free form, JSON).
+    """
+
+    deltas: Mapping[str, NDArray[np.float32]]
+    plan: Plan
+    backbone: str
+    training: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers were learned."""
+        return sum(delta.size for delta in self.deltas.values())
+
+    def sha256(self) -> str:
+        """Hash of names, shapes and values (not of the file's bytes)."""
+        digest = hashlib.sha256(json.dumps(self.plan.to_json(), sort_keys=True).encode())
+        for name in sorted(self.deltas):
+            digest.update(f"{name}{self.deltas[name].shape}".encode())
+            digest.update(np.ascontiguousarray(self.deltas[name], dtype="<f4").tobytes())
+        return digest.hexdigest()
+
+    def check(self, backbone: str, sites: Mapping[str, int]) -> None:
+        """Check that the set fits a backbone.
+
+        Args:
+            backbone: the backbone's fingerprint.
+            sites: site name -> width.
+
+        Raises:
+            InputError: when the set was made for another backbone or its shapes do not fit.
+        """
+        if self.backbone != backbone:
+            raise InputError(
+                f"expected an embedding set made for backbone {backbone[:12]}; found one made for {self.backbone[:12]}; "
+                "learn one with: mteo-deploy distill --model DIR --steps N -o embeddings.safetensors"
+            )
+        expected = {name: (len(self.plan.evaluations), width) for name, width in sites.items()}
+        found = {name: delta.shape for name, delta in self.deltas.items()}
+        if expected != found:
+            wrong = sorted(set(expected.items()) ^ set(found.items()))[0]
+            raise InputError(f"expected embeddings of shape [evaluations, width] for every site; {wrong[0]!r} has {wrong[1]}")
+
+    def save(self, path: Path) -> None:
+        """Write the file atomically."""
+        header = {"format": FORMAT, "version": VERSION, "backbone": self.backbone, "training": self.training}
+        metadata = {"mteo": json.dumps({**header, "plan": self.plan.to_json()})}
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({name: np.ascontiguousarray(d, np.float32) for name, d in self.deltas.items()}, temporary, metadata)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: Path) -> EmbeddingSet:
+        """Read a file written by :meth:`save`.
+
+        Raises:
+            InputError: when the file is missing, not an embedding set, or of a newer version.
+        """
+        if not path.is_file():
+            raise InputError(f"expected an embedding set (a .safetensors file) at {path}; found nothing there")
+        try:
+            with safe_open(path, "numpy") as file:
+                header = json.loads((file.metadata() or {}).get("mteo", "{}"))
+                deltas = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        except (SafetensorError, ValueError, OSError) as error:
+            raise InputError(f"expected a safetensors file; {path} cannot be read ({error})") from None
+        if header.get("format") != FORMAT:
+            raise InputError(f"expected an embedding set made by `mteo-deploy distill`; {path} holds no such metadata")
+        if header["version"] > VERSION:
+            raise InputError(
+                f"expected embedding set version {VERSION} or older; {path} has {header['version']}; upgrade mteo-deploy"
+            )
+        try:
+            plan = Plan.from_json(header["plan"])
+        except BundleError as error:
+            raise InputError(f"{path}: {error}") from None
+        return cls(deltas, plan, header["backbone"], header["training"])

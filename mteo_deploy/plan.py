@@ -1,0 +1,236 @@
+"""The plan: schedule and solver compiled to plain coefficients, one row per evaluation.
+
+The state is kept at unit variance, ``y = x / sqrt(1 + sigma^2)``: ``x`` reaches sigma = 80, which half precision and
+int8 cannot carry well, and a variance-preserving backbone takes exactly ``y`` as its input, so no scaling is left.
+For evaluation ``i`` with network output ``o_i`` the whole sampler is
+
+    kept_i = keep_state[i] * y_i + keep_output[i] * o_i
+    y_i+1  = carry[i] * y_i + sum_j weights[i][j] * kept_(i-j)
+
+and after the last evaluation ``y`` is the image itself (the last scale is folded in).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mteo_deploy import schedules, solvers
+from mteo_deploy.errors import BundleError, InputError
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One call of the network.
+
+    Attributes:
+        sigma: noise level of the state the network sees (variance-exploding form).
+        timestep: the backbone's own time at that noise level.
+        keep_state, keep_output: what is kept of this call, as a combination of state and output.
+        carry: factor on the state in the update.
+        weights: factors on the kept quantities, this call's first, then the one before, ...
+        time_point: index of the schedule's time point that the update reaches, or None inside an interval.
+    """
+
+    sigma: float
+    timestep: float
+    keep_state: float
+    keep_output: float
+    carry: float
+    weights: tuple[float, ...]
+    time_point: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the loop does, with no torch and no solver left in it.
+
+    Attributes:
+        steps: intervals of the schedule; ``len(evaluations)`` is the number of function evaluations (NFE).
+        sigmas: the ``steps + 1`` noise levels.
+        initial_scale: factor from standard normal noise to the first state (the terminal noise at unit variance).
+    """
+
+    solver: str
+    schedule: str
+    prediction_type: str
+    steps: int
+    sigmas: tuple[float, ...]
+    initial_scale: float
+    evaluations: tuple[Evaluation, ...] = field(repr=False)
+
+    @property
+    def history(self) -> int:
+        """How many earlier kept quantities the updates reach back to."""
+        return max(len(e.weights) for e in self.evaluations) - 1
+
+    def to_json(self) -> dict[str, Any]:
+        """Exact JSON form: every float as a C99 hexadecimal string."""
+        return {
+            "solver": self.solver,
+            "schedule": self.schedule,
+            "prediction_type": self.prediction_type,
+            "steps": self.steps,
+            "sigmas": [s.hex() for s in self.sigmas],
+            "initial_scale": self.initial_scale.hex(),
+            "evaluations": [
+                {
+                    "sigma": e.sigma.hex(),
+                    "timestep": e.timestep.hex(),
+                    "keep_state": e.keep_state.hex(),
+                    "keep_output": e.keep_output.hex(),
+                    "carry": e.carry.hex(),
+                    "weights": [w.hex() for w in e.weights],
+                    "time_point": e.time_point,
+                }
+                for e in self.evaluations
+            ],
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> Plan:
+        """Inverse of :meth:`to_json`.
+
+        Raises:
+            BundleError: when a field is missing or of another type.
+        """
+        try:
+            return cls(
+                solver=str(data["solver"]),
+                schedule=str(data["schedule"]),
+                prediction_type=str(data["prediction_type"]),
+                steps=int(data["steps"]),
+                sigmas=tuple(float.fromhex(s) for s in data["sigmas"]),
+                initial_scale=float.fromhex(data["initial_scale"]),
+                evaluations=tuple(
+                    Evaluation(
+                        sigma=float.fromhex(e["sigma"]),
+                        timestep=float.fromhex(e["timestep"]),
+                        keep_state=float.fromhex(e["keep_state"]),
+                        keep_output=float.fromhex(e["keep_output"]),
+                        carry=float.fromhex(e["carry"]),
+                        weights=tuple(float.fromhex(w) for w in e["weights"]),
+                        time_point=e["time_point"],
+                    )
+                    for e in data["evaluations"]
+                ),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise BundleError(f"expected a plan with hexadecimal floats; found a bad field ({error}); export again") from None
+
+
+def denoised_coefficients(prediction_type: str, sigma: float) -> tuple[float, float]:
+    """``(p, q)`` with ``D = p * y + q * output`` for the unit-variance state ``y`` (Salimans & Ho 2022, appendix D)."""
+    scale = math.sqrt(1 + sigma * sigma)
+    if prediction_type == "epsilon":
+        return scale, -sigma
+    if prediction_type == "v_prediction":
+        return 1 / scale, -sigma / scale
+    if prediction_type == "sample":
+        return 0.0, 1.0
+    raise InputError(f"expected a prediction type out of {', '.join(PREDICTION_TYPES)}; found {prediction_type!r}")
+
+
+def compile_plan(
+    levels: schedules.NoiseLevels,
+    *,
+    steps: int,
+    solver: str = "euler",
+    schedule: str = "polynomial",
+    prediction_type: str = "epsilon",
+    sigma_max: float | None = None,
+    sigma_min: float | None = None,
+) -> Plan:
+    """Compile schedule and solver to a plan for a backbone trained at ``levels``.
+
+    Args:
+        sigma_max, sigma_min: noise levels of the first and last time point; by default the backbone's own range,
+            kept inside [0.002, 80] (Karras et al. 2022, table 1).
+
+    Raises:
+        InputError: for an unknown solver, schedule or prediction type, or a range outside the backbone's.
+    """
+    method = solvers.get(solver)
+    low, high = float(levels.sigma[0]), float(levels.sigma[-1])
+    sigma_max = min(high, 80.0) if sigma_max is None else sigma_max
+    sigma_min = max(low, 0.002) if sigma_min is None else sigma_min
+    if sigma_max > high * 1.0001 or sigma_min < low * 0.9999:
+        raise InputError(
+            f"expected noise levels inside the backbone's [{low:.4g}, {high:.4g}]; found [{sigma_min:.4g}, {sigma_max:.4g}]"
+        )
+    points = schedules.grid(schedule, steps, sigma_max, sigma_min)
+    traced = solvers.trace(method, points)
+    timesteps = levels.timestep(np.asarray(traced.sigmas))
+    scales = [math.sqrt(1 + s * s) for s in traced.sigmas] + [1.0]
+    states = [s.weights for s in [*traced.states, traced.last]]
+    rows = []
+    for i, sigma in enumerate(traced.sigmas):
+        carry = states[i + 1][0] / states[i][0]
+        weights = (states[i + 1] - carry * states[i])[1 : i + 2][::-1] / scales[i + 1]
+        weights[np.abs(weights) < 1e-13 * np.abs(weights).max()] = 0.0
+        used = int(np.flatnonzero(weights)[-1]) + 1
+        p, q = denoised_coefficients(prediction_type, sigma)
+        if method.keeps == "d":
+            p, q = (scales[i] - p) / sigma, -q / sigma
+        interval, inside = divmod(i + 1, method.evaluations_per_interval)
+        rows.append(
+            Evaluation(
+                sigma=sigma,
+                timestep=float(timesteps[i]),
+                keep_state=p,
+                keep_output=q,
+                carry=float(carry * scales[i] / scales[i + 1]),
+                weights=tuple(float(w) for w in weights[:used]),
+                time_point=None if inside else interval,
+            )
+        )
+    return Plan(
+        solver=solver,
+        schedule=schedule,
+        prediction_type=prediction_type,
+        steps=steps,
+        sigmas=tuple(float(s) for s in points),
+        initial_scale=float(sigma_max / scales[0]),
+        evaluations=tuple(rows),
+    )
+
+
+def run(plan: Plan, noise: Any, network: Callable[[int, Any], Any]) -> Sequence[Any]:
+    """The loop, for numpy arrays and torch tensors alike: the state after every evaluation, the last one the image.
+
+    Args:
+        noise: standard normal ``[batch, ...]``.
+        network: ``(evaluation index, state) -> output``.
+    """
+    state, kept, states = noise * plan.initial_scale, [], []
+    for i, row in enumerate(plan.evaluations):
+        output = network(i, state)
+        value = output if row.keep_output == 1.0 else row.keep_output * output
+        kept.insert(0, value if row.keep_state == 0.0 else value + row.keep_state * state)
+        state = row.carry * state
+        for weight, quantity in zip(row.weights, kept, strict=False):
+            if weight != 0.0:
+                state = state + weight * quantity
+        del kept[plan.history + 1 :]
+        states.append(state)
+    return states
+
+
+def reference_plan(plan: Plan, levels: schedules.NoiseLevels, substeps: int, solver: str = "heun") -> Plan:
+    """The reference trajectory's plan: ``substeps`` intervals inside each interval of ``plan``, on the same curve."""
+    return compile_plan(
+        levels,
+        steps=plan.steps * substeps,
+        solver=solver,
+        schedule=plan.schedule,
+        prediction_type=plan.prediction_type,
+        sigma_max=plan.sigmas[0],
+        sigma_min=plan.sigmas[-1],
+    )
