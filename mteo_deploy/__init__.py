@@ -16,11 +16,11 @@ if not (Path(__file__).parent / "exporters").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 
 _PUBLIC = {
-    "distill": "mteo_deploy.distill",
+    "distill": "mteo_deploy.distillation",
     "export": "mteo_deploy.exporters.export",
     "build": "mteo_deploy.engines.build",
     "Sampler": "mteo_deploy.sampler",
-    "verify": "mteo_deploy.verify",
+    "verify": "mteo_deploy.verification",
     "inspect": "mteo_deploy.inspection",
     "Bundle": "mteo_deploy.bundle",
     "EmbeddingSet": "mteo_deploy.embeddings",
@@ -33,7 +33,7 @@ __all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604 (the names are strings, lis
 
 if TYPE_CHECKING:
     from mteo_deploy.bundle import Bundle
-    from mteo_deploy.distill import distill
+    from mteo_deploy.distillation import distill
     from mteo_deploy.embeddings import EmbeddingSet
     from mteo_deploy.engines.build import build
     from mteo_deploy.errors import MteoError
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from mteo_deploy.inspection import inspect
     from mteo_deploy.plan import Plan, compile_plan
     from mteo_deploy.sampler import Sampler
-    from mteo_deploy.verify import verify
+    from mteo_deploy.verification import verify
 
 
 def __getattr__(name: str) -> Any:

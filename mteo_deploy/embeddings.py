@@ -84,6 +84,7 @@ class EmbeddingSet:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file({name: np.ascontiguousarray(d, np.float32) for name, d in self.deltas.items()}, temporary, metadata)
+            temporary.chmod(0o644)  # safetensors writes for the owner only
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)

@@ -1,0 +1,89 @@
+"""ONNX Runtime on the CPU.
+
+ONNX Runtime optimises a graph when it opens it and keeps nothing that is worth storing: an optimised graph on disk
+would hold its own copy of the weights for every step. So its built engine is the record of what was opened, with which
+options, on which machine: enough to refuse a bundle that changed since.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mteo_deploy.bundle import Bundle
+from mteo_deploy.errors import EngineError, MissingPackageError
+
+PROVIDERS = {"cpu": "CPUExecutionProvider"}
+
+
+def _package() -> Any:
+    """Import onnxruntime, or say which extra to install."""
+    installed = []
+    for name in ("onnxruntime", "onnxruntime-gpu"):
+        try:
+            installed.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            continue
+    if len(installed) > 1:
+        raise EngineError(
+            f"expected one of onnxruntime and onnxruntime-gpu; found both ({', '.join(installed)}), which overwrite each "
+            "other's files; run: pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'mteo-deploy[cpu]' (or [gpu])"
+        )
+    try:
+        import onnxruntime
+    except ImportError:
+        raise MissingPackageError("the engine onnxruntime is not installed; run: pip install 'mteo-deploy[cpu]'") from None
+    return onnxruntime
+
+
+class OnnxRuntimeSession:
+    """One graph in an ``onnxruntime.InferenceSession``."""
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+        self._inputs = {value.name for value in session.get_inputs()}
+
+    def run(self, feeds: Mapping[str, NDArray[np.float32]]) -> list[NDArray[np.float32]]:
+        try:
+            outputs: list[NDArray[np.float32]] = self._session.run(None, dict(feeds))
+        except Exception as error:  # onnxruntime's exceptions share no base of their own
+            shapes = {name: value.shape for name, value in feeds.items()}
+            raise EngineError(f"onnxruntime could not run inputs {shapes} on a graph that takes {self._inputs}: {error}") from None
+        return outputs
+
+
+class OnnxRuntimeBackend:
+    name = "onnxruntime"
+
+    def version(self) -> str:
+        return str(_package().__version__)
+
+    def devices(self) -> list[str]:
+        available = _package().get_available_providers()
+        return [device for device, provider in PROVIDERS.items() if provider in available]
+
+    def open(self, bundle: Bundle, graph: str, device: str, options: Mapping[str, Any]) -> OnnxRuntimeSession:
+        onnxruntime = _package()
+        if device not in PROVIDERS:
+            raise EngineError(f"expected a device out of {', '.join(PROVIDERS)} for onnxruntime; found {device!r}")
+        settings = onnxruntime.SessionOptions()
+        settings.log_severity_level = 3
+        settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+        if options.get("threads"):
+            settings.intra_op_num_threads = int(options["threads"])
+        for key, value in options.get("session_config", {}).items():
+            settings.add_session_config_entry(key, value)
+        try:
+            session = onnxruntime.InferenceSession(bundle.file(graph), settings, providers=[PROVIDERS[device]])
+        except Exception as error:  # onnxruntime's exceptions share no base of their own
+            raise EngineError(f"onnxruntime could not open {graph}: {error}; export again or report the graph") from None
+        if session.get_providers()[0] != PROVIDERS[device]:
+            raise EngineError(f"expected {graph} on {device}; onnxruntime put it on {session.get_providers()[0]}")
+        return OnnxRuntimeSession(session)
+
+
+BACKEND = OnnxRuntimeBackend()

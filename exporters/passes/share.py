@@ -1,0 +1,55 @@
+"""Share: every large tensor once in one weight file, found by content, whatever it is called in each graph."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import onnx_ir as ir
+
+THRESHOLD = 1024  # bytes; smaller tensors (biases of one step, scalars) stay inside the graph
+ALIGNMENT = 4096  # page size, so that engines can map tensors
+
+
+class WeightFile:
+    """An append-only file of tensors, keyed by the hash of their bytes and type."""
+
+    def __init__(self, path: Path, parent: WeightFile | None = None) -> None:
+        self.path, self.parent = path, parent
+        self.places: dict[str, tuple[str, int, int]] = {}
+        path.touch()
+
+    def place(self, tensor: ir.TensorProtocol) -> tuple[str, int, int]:
+        """``(file name, offset, length)`` of the tensor's bytes, written if no file of the chain holds them yet."""
+        data = tensor.tobytes()
+        digest = hashlib.sha256(f"{tensor.dtype}".encode() + data).hexdigest()
+        if self.parent is not None and digest in self.parent.places:
+            return self.parent.places[digest]
+        if digest not in self.places:
+            with self.path.open("ab") as file:
+                file.write(b"\0" * (-file.tell() % ALIGNMENT if len(data) >= ALIGNMENT else -file.tell() % 64))
+                self.places[digest] = (self.path.name, file.tell(), len(data))
+                file.write(data)
+        return self.places[digest]
+
+
+class Share(ir.passes.InPlacePass):
+    """Replace large initialisers by references into a weight file beside the graph."""
+
+    def __init__(self, weights: WeightFile) -> None:
+        super().__init__()
+        self.weights = weights
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        modified = False
+        for value in model.graph.initializers.values():
+            tensor = value.const_value
+            if tensor is None or isinstance(tensor, ir.ExternalTensor) or tensor.nbytes < THRESHOLD:
+                continue
+            location, offset, length = self.weights.place(tensor)
+            value.const_value = ir.ExternalTensor(
+                location, offset, length, tensor.dtype, shape=ir.Shape(tensor.shape), name=value.name or "",
+                base_dir=self.weights.path.parent,
+            )
+            modified = True
+        return ir.passes.PassResult(model, modified=modified)

@@ -1,0 +1,79 @@
+"""Tracing: the backbone once, its time embedding once, both with torch.export, into onnx-ir models.
+
+Embeddings enter as ``[1, width]`` and broadcast: expanded to ``[batch, width]`` they could not be folded once the batch
+is dynamic.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from typing import Any
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+import torch
+
+from mteo_deploy.exporters.base import Adapter
+
+OPSET = 20
+IR_VERSION = 10  # engines lag behind the exporter's newest
+
+
+class _TimeEmbedding(torch.nn.Module):
+    def __init__(self, adapter: Adapter) -> None:
+        super().__init__()
+        self.adapter = adapter
+
+    def forward(self, timestep: torch.Tensor) -> torch.Tensor:
+        return self.adapter.embedding(timestep)
+
+
+class _Generic(torch.nn.Module):
+    def __init__(self, adapter: Adapter) -> None:
+        super().__init__()
+        self.adapter = adapter
+
+    def forward(self, state: torch.Tensor, embeddings: list[torch.Tensor]) -> torch.Tensor:
+        return self.adapter(state, *embeddings)
+
+
+def _export(module: torch.nn.Module, args: tuple[Any, ...], inputs: list[str], output: str, dynamic: Any) -> ir.Model:
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")  # the exporter warns about its own deprecations
+        program = torch.onnx.export(
+            module.eval(),
+            args,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=inputs,
+            output_names=[output],
+            dynamic_shapes=dynamic,
+            optimize=True,
+        )
+    model = program.model
+    model.ir_version = IR_VERSION
+    common.ClearMetadataAndDocStringPass()(model)  # stack traces, larger than the graph itself
+    return model
+
+
+def embedding_input(site: str) -> str:
+    """Name of the graph input that takes a site's embedding."""
+    return f"emb/{site}"
+
+
+def trace_generic(adapter: Adapter) -> ir.Model:
+    """The generic graph: ``(state [batch, ...], emb/<site> [1, width] ...) -> output [batch, ...]``."""
+    state = torch.zeros(2, *adapter.sample_shape)
+    embeddings = [torch.zeros(1, site.width) for site in adapter.sites]
+    names = ["state", *(embedding_input(site.name) for site in adapter.sites)]
+    batch = torch.export.Dim("batch", min=1, max=4096)
+    return _export(_Generic(adapter), (state, embeddings), names, "output", ({0: batch}, [None] * len(embeddings)))
+
+
+def trace_time_embedding(adapter: Adapter) -> ir.Model:
+    """The backbone's own time embedding: ``timestep [1] -> embedding [1, width]``."""
+    return _export(_TimeEmbedding(adapter), (torch.zeros(1),), ["timestep"], "embedding", None)

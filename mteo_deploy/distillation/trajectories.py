@@ -1,0 +1,50 @@
+"""Reference trajectories: the frozen backbone's own states at the plan's time points, from a plan of many evaluations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from mteo_deploy.exporters.base import Adapter
+from mteo_deploy.plan import Plan, reference_plan, run
+from mteo_deploy.sampler import noise_for
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """Noise ``[count, ...]`` and the reference states at each time point, ``[steps, count, ...]``, at unit variance."""
+
+    noise: torch.Tensor
+    states: torch.Tensor
+
+
+def default_substeps(plan: Plan) -> int:
+    """Intervals of the reference inside each interval of the plan: about 18 in all (36 evaluations of Heun)."""
+    return max(3, -(-18 // plan.steps))
+
+
+@torch.no_grad()
+def reference_trajectories(
+    adapter: Adapter, plan: Plan, *, count: int, seed: int, batch: int, substeps: int, progress: Callable[[int], None]
+) -> Trajectories:
+    """Solve the backbone's ODE finely from ``count`` noises and keep the states at the plan's time points.
+
+    Args:
+        progress: called with the number of trajectories finished since the last call.
+    """
+    fine = reference_plan(plan, adapter.levels, substeps)
+    embeddings = adapter.embedding(torch.tensor([e.timestep for e in fine.evaluations], dtype=torch.float32))
+    noise = torch.from_numpy(noise_for(adapter.sample_shape, seed, range(count)))
+    at = [i for i, e in enumerate(fine.evaluations) if e.time_point is not None and e.time_point % substeps == 0]
+    chunks = []
+    for start in range(0, count, batch):
+        states = run(
+            fine,
+            noise[start : start + batch],
+            lambda i, y: adapter(y, *[embeddings[i : i + 1]] * len(adapter.sites)),
+        )
+        chunks.append(torch.stack([states[i] for i in at]))
+        progress(chunks[-1].shape[1])
+    return Trajectories(noise, torch.cat(chunks, dim=1))

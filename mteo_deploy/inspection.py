@@ -1,0 +1,51 @@
+"""``inspect``: what a bundle or an embedding set is, in plain data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mteo_deploy.bundle import Bundle
+from mteo_deploy.embeddings import EmbeddingSet
+from mteo_deploy.plan import Plan
+
+
+def _plan(plan: Plan) -> dict[str, Any]:
+    return {
+        "solver": plan.solver,
+        "schedule": plan.schedule,
+        "steps": plan.steps,
+        "evaluations": [
+            {"sigma": e.sigma, "timestep": e.timestep, "carry": e.carry, "weights": list(e.weights)} for e in plan.evaluations
+        ],
+    }
+
+
+def inspect(path: Path | str) -> dict[str, Any]:
+    """Describe a bundle (checked whole first) or an embedding set.
+
+    Raises:
+        BundleError, InputError: when it is neither, or not whole.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        found = EmbeddingSet.load(path)
+        return {
+            "kind": "embedding set",
+            "backbone": found.backbone,
+            "sha256": found.sha256(),
+            "parameters": found.parameters,
+            "sites": {name: delta.shape[1] for name, delta in found.deltas.items()},
+            "plan": _plan(found.plan),
+            "training": found.training,
+        }
+    bundle = Bundle.open(path)
+    manifest = bundle.manifest
+    return {
+        "kind": "bundle",
+        **{key: manifest[key] for key in ("schema", "versions", "backbone", "embeddings", "precision", "batch")},
+        "plan": _plan(bundle.plan),
+        "compiler": manifest["compiler"],
+        "files": {name: entry["bytes"] for name, entry in manifest["files"].items()},
+        "engines": sorted(p.parent.name for p in path.glob("engines/*/engine.json")),
+    }

@@ -1,0 +1,141 @@
+"""The sampling loop: numpy and one engine package, nothing else.
+
+Noise comes from a counter-based generator keyed by (seed, image index), so an image does not depend on the batch size
+it was made with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mteo_deploy.bundle import Bundle
+from mteo_deploy.engines.base import Session
+from mteo_deploy.errors import InputError
+from mteo_deploy.plan import Plan, run
+
+Array = NDArray[np.float32]
+
+
+def noise_for(shape: tuple[int, ...], seed: int, indices: Sequence[int]) -> Array:
+    """Standard normal noise ``[len(indices), *shape]``; row ``k`` depends on ``(seed, indices[k])`` only.
+
+    Philox4x64 (Salmon et al. 2011) with the seed and the index as its key.
+    """
+    if not 0 <= seed < 2**64:
+        raise InputError(f"expected a seed in [0, 2**64); found {seed}")
+    rows = [
+        np.random.Generator(np.random.Philox(key=np.array([seed, i], dtype=np.uint64))).standard_normal(shape, dtype=np.float32)
+        for i in indices
+    ]
+    return np.stack(rows)
+
+
+class Sampler:
+    """A bundle opened in one engine.
+
+    >>> sampler = Sampler.load("bundle")        # doctest: +SKIP
+    >>> images = sampler(num=4, seed=0)         # float32 [4, channels, height, width], nominally in [-1, 1]
+    """
+
+    def __init__(self, bundle: Bundle, open_graph: Callable[[str], Session]) -> None:
+        self.bundle = bundle
+        self.open_graph = open_graph
+        self._steps = [open_graph(entry["graph"]) for entry in bundle.step_graphs]
+        self._lags = [
+            {name: int(name.removeprefix("history_")) for name in entry["inputs"] if name != "state"}
+            for entry in bundle.step_graphs
+        ]
+        self._conditioned: Session | None = None
+
+    @classmethod
+    def load(cls, path: Path | str, *, engine: str = "onnxruntime", device: str = "cpu") -> Sampler:
+        """Open a bundle's step graphs as ``build`` left them in the newest built engine.
+
+        Raises:
+            BundleError: for a bundle that is not whole, or has no built engine that fits it as it is now.
+            MissingPackageError: when the engine's package is not installed.
+            EngineError: when the engine does not open the graphs on the device asked for.
+        """
+        from mteo_deploy.engines import backend, cache
+
+        bundle, target = Bundle.open(path), backend(engine)
+        options = cache.find(bundle, target, device)["parts"]["options"]
+        return cls(bundle, lambda graph: target.open(bundle, graph, device, options))
+
+    @property
+    def reference_plan(self) -> Plan:
+        """The plan of the reference trajectory, to be run on the backbone with ordinary time conditioning."""
+        return Plan.from_json(self.bundle.manifest["reference"]["plan"])
+
+    def states(self, noise: Array) -> list[Array]:
+        """Run the loop from standard normal noise: the state after each evaluation; the last one is the image."""
+        state = noise * np.float32(self.bundle.plan.initial_scale)
+        history: list[Array] = []
+        states = []
+        for i in range(len(self._steps)):
+            state, kept = self.step(i, state, history)
+            if kept is not None:
+                history.insert(0, kept)
+            states.append(state)
+        return states
+
+    def step(self, index: int, state: Array, history: Sequence[Array]) -> tuple[Array, Array | None]:
+        """Evaluation ``index``: ``(next state, kept quantity or None)``; ``history`` is newest first."""
+        feeds = {"state": state, **{name: history[lag - 1] for name, lag in self._lags[index].items()}}
+        next_state, *kept = self._steps[index].run(feeds)
+        return next_state, kept[0] if kept else None
+
+    def __call__(
+        self, num: int = 1, seed: int = 0, batch: int = 16, progress: Callable[[int], None] | None = None
+    ) -> Array:
+        """Sample ``num`` images; image ``i`` depends on ``(seed, i)`` only.
+
+        Args:
+            batch: images per engine call.
+            progress: called with the number of images finished.
+
+        Returns:
+            float32 ``[num, channels, height, width]``, nominally in [-1, 1].
+
+        Raises:
+            InputError: for a count, seed or batch out of range.
+        """
+        return self._batches(num, seed, batch, lambda noise: self.states(noise)[-1], progress)
+
+    def conditioned(
+        self, plan: Plan, num: int = 1, seed: int = 0, batch: int = 16, progress: Callable[[int], None] | None = None
+    ) -> Array:
+        """Sample with any plan on the same backbone with ordinary time conditioning, same noise, same engine."""
+        return self._batches(num, seed, batch, lambda noise: self.conditioned_states(plan, noise)[-1], progress)
+
+    def conditioned_states(self, plan: Plan, noise: Array) -> Sequence[Array]:
+        session = self.conditioned_session
+
+        def network(i: int, state: Array) -> Array:
+            timestep = np.array([plan.evaluations[i].timestep], dtype=np.float32)
+            return session.run({"state": state, "timestep": timestep})[0]
+
+        return run(plan, noise, network)
+
+    @property
+    def conditioned_session(self) -> Session:
+        if self._conditioned is None:
+            self._conditioned = self.open_graph(self.bundle.manifest["conditioned"]["graph"])
+        return self._conditioned
+
+    def _batches(
+        self, num: int, seed: int, batch: int, images_from: Callable[[Array], Array], progress: Callable[[int], None] | None
+    ) -> Array:
+        if num < 1 or batch < 1:
+            raise InputError(f"expected --num and --batch of 1 or more; found {num} and {batch}")
+        chunks = []
+        for start in range(0, num, batch):
+            indices = range(start, min(start + batch, num))
+            chunks.append(images_from(noise_for(self.bundle.sample_shape, seed, indices)))
+            if progress:
+                progress(len(indices))
+        return np.concatenate(chunks)
