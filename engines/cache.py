@@ -63,7 +63,9 @@ def find(bundle: Bundle, backend: Backend, device: str) -> dict[str, Any]:
             reasons.append(f"{path.parent.name}: {RECORD} cannot be read")
             continue
         now = key_parts(bundle, backend, device, options)
-        changed = [f"{name} changed {built.get(name)!s:.12} -> {now[name]!s:.12}" for name in now if built.get(name) != now[name]]
+        changed = [
+            f"{name} changed {built.get(name)!s:.12} -> {now[name]!s:.12}" for name in now if built.get(name) != now[name]
+        ]
         if not changed and path.parent == directory(bundle, now):
             return record
         reasons.append(f"{path.parent.name}: {'; '.join(changed) or 'moved from another key'}")

@@ -52,7 +52,9 @@ class OnnxRuntimeSession:
             outputs: list[NDArray[np.float32]] = self._session.run(None, dict(feeds))
         except Exception as error:  # onnxruntime's exceptions share no base of their own
             shapes = {name: value.shape for name, value in feeds.items()}
-            raise EngineError(f"onnxruntime could not run inputs {shapes} on a graph that takes {self._inputs}: {error}") from None
+            raise EngineError(
+                f"onnxruntime could not run inputs {shapes} on a graph that takes {self._inputs}: {error}"
+            ) from None
         return outputs
 
 

@@ -120,9 +120,7 @@ class Checkpoint:
         self.model.load_state_dict({k[len("model/") :]: v for k, v in tensors.items() if k.startswith("model/")})
         self.ema.update({k[len("ema/") :]: v for k, v in tensors.items() if k.startswith("ema/")})
         for name, parameter in self.model.named_parameters():
-            self.optimizer.state[parameter] = {
-                key: tensors[f"adam/{key}/{name}"] for key in ("exp_avg", "exp_avg_sq", "step")
-            }
+            self.optimizer.state[parameter] = {key: tensors[f"adam/{key}/{name}"] for key in ("exp_avg", "exp_avg_sq", "step")}
         return int(metadata["iteration"]), float(metadata["seconds"])
 
 

@@ -105,7 +105,9 @@ def load_backbone(model: Path) -> Adapter:
     """
     way_out = "pass a directory written by `DDPMPipeline.save_pretrained`"
     if not model.is_dir():
-        raise InputError(f"expected a diffusers pipeline directory at {model}; found {'a file' if model.exists() else 'nothing'}; {way_out}")
+        raise InputError(
+            f"expected a diffusers pipeline directory at {model}; found {'a file' if model.exists() else 'nothing'}; {way_out}"
+        )
     index = _read_json(model / "model_index.json", "a diffusers pipeline's model_index.json", way_out)
     parts = {name: entry[1] for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
     known = families()

@@ -122,15 +122,17 @@ def _reference(adapter: Adapter, embeddings: EmbeddingSet, path: Path) -> None:
 
     states = run(plan, noise, network)
     path.parent.mkdir()
-    save_file(
-        {"noise": noise.numpy(), "states": torch.stack(list(states)).numpy(), "kept": torch.stack(kept).numpy()}, path
-    )
+    save_file({"noise": noise.numpy(), "states": torch.stack(list(states)).numpy(), "kept": torch.stack(kept).numpy()}, path)
     path.chmod(0o644)  # safetensors writes for the owner only
 
 
 def _versions() -> dict[str, str]:
     packages = ("torch", "diffusers", "onnx", "onnx-ir", "onnxscript", "numpy", "safetensors")
-    return {"mteo-deploy": mteo_deploy.__version__, "python": platform.python_version(), **{p: metadata.version(p) for p in packages}}
+    return {
+        "mteo-deploy": mteo_deploy.__version__,
+        "python": platform.python_version(),
+        **{p: metadata.version(p) for p in packages},
+    }
 
 
 def _manifest(
@@ -195,7 +197,10 @@ def _choose(
             f"{model} --steps {steps or 4} -o embeddings.safetensors; or pass --plain for the pretrained embeddings"
         )
     if steps is not None and chosen.plan.steps != steps:
-        raise InputError(f"expected an embedding set for --steps {steps}; found one for {chosen.plan.steps}; make one with: mteo-deploy distill --steps {steps}")
+        raise InputError(
+            f"expected an embedding set for --steps {steps}; found one for {chosen.plan.steps}; "
+            f"make one with: mteo-deploy distill --steps {steps} -o embeddings.safetensors"
+        )
     return chosen
 
 

@@ -13,8 +13,8 @@ import warnings
 from typing import Any
 
 import onnx_ir as ir
-import onnx_ir.passes.common as common
 import torch
+from onnx_ir.passes import common
 
 from mteo_deploy.exporters.base import Adapter
 
@@ -54,6 +54,7 @@ def _export(module: torch.nn.Module, args: tuple[Any, ...], inputs: list[str], o
             dynamic_shapes=dynamic,
             optimize=True,
         )
+    assert program is not None  # it is, with dynamo
     model = program.model
     model.ir_version = IR_VERSION
     common.ClearMetadataAndDocStringPass()(model)  # stack traces, larger than the graph itself

@@ -17,6 +17,7 @@ class UNet2DAdapter(Adapter):
     """Unconditional ``UNet2DModel`` with continuous-time sinusoidal or Fourier embedding."""
 
     family = "UNet2DModel"
+    network: UNet2DModel
 
     def __init__(self, network: UNet2DModel, scheduler_config: dict[str, Any]) -> None:
         super().__init__()
@@ -28,14 +29,18 @@ class UNet2DAdapter(Adapter):
         height, width = size if isinstance(size, (tuple, list)) else (size, size)
         self.sample_shape = (int(network.config.in_channels), int(height), int(width))
         self.levels, self.prediction_type = noise_levels(scheduler_config)
-        blocks = [(name, m) for name, m in network.named_modules() if isinstance(m, ResnetBlock2D) and m.time_emb_proj is not None]
+        blocks = [
+            (name, m) for name, m in network.named_modules() if isinstance(m, ResnetBlock2D) and m.time_emb_proj is not None
+        ]
         self.sites = tuple(Site(name, module.time_emb_proj.in_features) for name, module in blocks)
         self._given: tuple[torch.Tensor, ...] = ()
         for index, (_, module) in enumerate(blocks):
             module.register_forward_pre_hook(self._give(index), with_kwargs=True)
 
     def _give(self, index: int) -> Any:
-        def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        def hook(
+            module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
             hidden = args[0] if args else kwargs["input_tensor"]
             return (hidden, self._given[index]), {}
 
@@ -46,11 +51,13 @@ class UNet2DAdapter(Adapter):
         try:
             network = UNet2DModel.from_pretrained(network_dir, use_safetensors=True, torch_dtype=torch.float32)
         except (OSError, ValueError, RuntimeError) as error:
-            raise InputError(f"expected UNet2DModel weights as safetensors in {network_dir}; {str(error).splitlines()[0]}") from None
+            raise InputError(
+                f"expected UNet2DModel weights as safetensors in {network_dir}; {str(error).splitlines()[0]}"
+            ) from None
         return cls(network, scheduler_config)
 
     def embedding(self, timestep: torch.Tensor) -> torch.Tensor:
-        projected = self.network.time_proj(timestep).to(next(self.network.parameters()).dtype)
+        projected = self.network.time_proj(timestep)
         return self.network.time_embedding(projected)
 
     def forward(self, state: torch.Tensor, *embeddings: torch.Tensor) -> torch.Tensor:

@@ -29,7 +29,20 @@ _PUBLIC = {
     "MteoError": "mteo_deploy.errors",
 }
 
-__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604 (the names are strings, listed above)
+__all__ = [
+    "Bundle",
+    "EmbeddingSet",
+    "MteoError",
+    "Plan",
+    "Sampler",
+    "__version__",
+    "build",
+    "compile_plan",
+    "distill",
+    "export",
+    "inspect",
+    "verify",
+]
 
 if TYPE_CHECKING:
     from mteo_deploy.bundle import Bundle

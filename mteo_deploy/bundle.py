@@ -59,7 +59,9 @@ def whole_directory(target: Path, *, replace: str | None = None) -> Iterator[Pat
         os.replace(temporary, target)
         shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
-        raise InputError(f"could not write {target}: {error.strerror or error}; nothing was kept; free space or pass -o") from error
+        raise InputError(
+            f"could not write {target}: {error.strerror or error}; nothing was kept; free space or pass -o"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -80,7 +82,9 @@ class Bundle:
         """
         path = Path(path)
         if not (path / MANIFEST).is_file():
-            raise BundleError(f"expected a bundle (a directory with {MANIFEST}) at {path}; make one with: mteo-deploy export -o DIR")
+            raise BundleError(
+                f"expected a bundle (a directory with {MANIFEST}) at {path}; make one with: mteo-deploy export -o DIR"
+            )
         try:
             manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
             schema, files = manifest["schema"], manifest["files"]
@@ -126,7 +130,9 @@ class Bundle:
         """Per evaluation: ``graph`` (file), ``inputs`` and ``outputs`` (tensor names, in order)."""
         graphs = self.manifest["realisations"]["baked"]
         if len(graphs) != len(self.plan.evaluations):
-            raise BundleError(f"{self.path}: {len(graphs)} step graphs for {len(self.plan.evaluations)} evaluations; export again")
+            raise BundleError(
+                f"{self.path}: {len(graphs)} step graphs for {len(self.plan.evaluations)} evaluations; export again"
+            )
         return list(graphs)
 
     @property

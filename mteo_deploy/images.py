@@ -40,15 +40,26 @@ def write_png(pixels: NDArray[np.uint8], path: Path, scale: int = 1) -> None:
     Image.fromarray(squeezed.repeat(scale, 0).repeat(scale, 1)).save(path)
 
 
+def check_output(path: Path) -> None:
+    """Refuse an output that :func:`save` cannot write, before any work is done.
+
+    Raises:
+        InputError: for another ending than .png or .npz, or a folder that is a file.
+    """
+    if path.suffix not in ("", ".png", ".npz"):
+        raise InputError(f"expected an output ending in .png or .npz, or a folder; found {path}")
+    if path.is_dir() if path.suffix else path.is_file():
+        raise InputError(f"expected {'a file' if path.suffix else 'a folder'} at {path}; found the other; pass another -o")
+
+
 def save(images: NDArray[np.float32], path: Path) -> None:
     """Write images as ``.npz`` (array ``images``, float32 as sampled), ``.png`` (a grid), or a folder of PNG files."""
+    check_output(path)
     if path.suffix == ".npz":
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(path, images=images)
     elif path.suffix == ".png":
         write_png(grid(images), path, scale=2)
-    elif path.suffix:
-        raise InputError(f"expected an output ending in .png or .npz, or a folder; found {path}")
     else:
         for i, pixels in enumerate(to_uint8(images)):
             write_png(pixels, path / f"{i:05}.png")

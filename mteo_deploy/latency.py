@@ -60,6 +60,4 @@ def compare(a: Callable[[], object], b: Callable[[], object], *, seconds: float 
     table = np.asarray(times) * 1e3
     ratio, low, high = bootstrap_median(table[:, 0] / table[:, 1])
     p50, p90, p99 = np.percentile(table[:, 0], [50, 90, 99])
-    return Comparison(
-        float(p50), float(p90), float(p99), float(np.median(table[:, 1])), ratio, low, high, len(times)
-    )
+    return Comparison(float(p50), float(p90), float(p99), float(np.median(table[:, 1])), ratio, low, high, len(times))

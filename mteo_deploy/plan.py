@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mteo_deploy import schedules, solvers
 from mteo_deploy.errors import BundleError, InputError
@@ -209,7 +208,9 @@ def run(plan: Plan, noise: Any, network: Callable[[int, Any], Any]) -> Sequence[
         noise: standard normal ``[batch, ...]``.
         network: ``(evaluation index, state) -> output``.
     """
-    state, kept, states = noise * plan.initial_scale, [], []
+    state = noise * plan.initial_scale
+    kept: list[Any] = []
+    states = []
     for i, row in enumerate(plan.evaluations):
         output = network(i, state)
         value = output if row.keep_output == 1.0 else row.keep_output * output

@@ -89,9 +89,7 @@ class Sampler:
         next_state, *kept = self._steps[index].run(feeds)
         return next_state, kept[0] if kept else None
 
-    def __call__(
-        self, num: int = 1, seed: int = 0, batch: int = 16, progress: Callable[[int], None] | None = None
-    ) -> Array:
+    def __call__(self, num: int = 1, seed: int = 0, batch: int = 16, progress: Callable[[int], None] | None = None) -> Array:
         """Sample ``num`` images; image ``i`` depends on ``(seed, i)`` only.
 
         Args:

@@ -8,6 +8,7 @@ implementation exists, so none can disagree.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -43,14 +44,14 @@ class Solver:
 
 def euler(x: Any, sigmas: NDArray[np.float64], evaluate: Evaluate) -> Any:
     """Euler in sigma; for eps models this is DDIM (Song et al. 2021; Karras et al. 2022, sec. 3)."""
-    for t, t_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for t, t_next in itertools.pairwise(sigmas):
         x = x + (t_next - t) * evaluate(x, t)
     return x
 
 
 def heun(x: Any, sigmas: NDArray[np.float64], evaluate: Evaluate) -> Any:
     """Heun's second-order method (Karras et al. 2022, algorithm 1), two evaluations on every interval."""
-    for t, t_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for t, t_next in itertools.pairwise(sigmas):
         h = t_next - t
         d = evaluate(x, t)
         d_prime = evaluate(x + h * d, t_next)
@@ -60,7 +61,7 @@ def heun(x: Any, sigmas: NDArray[np.float64], evaluate: Evaluate) -> Any:
 
 def dpm_solver_2(x: Any, sigmas: NDArray[np.float64], evaluate: Evaluate, r: float = 0.5) -> Any:
     """DPM-Solver-2 (Lu et al. 2022a, algorithm 1) in sigma: a midpoint in log sigma."""
-    for t, t_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for t, t_next in itertools.pairwise(sigmas):
         h, m = t_next - t, t_next**r * t ** (1 - r)
         d = evaluate(x, t)
         d_m = evaluate(x + (m - t) * d, m)
@@ -76,7 +77,7 @@ def ipndm(order: int) -> Callable[[Any, NDArray[np.float64], Evaluate], Any]:
 
     def solve(x: Any, sigmas: NDArray[np.float64], evaluate: Evaluate) -> Any:
         slopes: list[Any] = []
-        for t, t_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+        for t, t_next in itertools.pairwise(sigmas):
             slopes.insert(0, evaluate(x, t))
             weights = ADAMS_BASHFORTH[min(order, len(slopes)) - 1]
             total = sum((w * d for w, d in zip(weights[1:], slopes[1:], strict=False)), weights[0] * slopes[0])
@@ -89,7 +90,7 @@ def ipndm(order: int) -> Callable[[Any, NDArray[np.float64], Evaluate], Any]:
 def dpmpp_2m(x: Any, sigmas: NDArray[np.float64], evaluate: Evaluate) -> Any:
     """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2) with lambda = -log sigma."""
     previous, h_previous = None, 0.0
-    for t, t_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for t, t_next in itertools.pairwise(sigmas):
         h = float(np.log(t / t_next))
         denoised = evaluate(x, t)
         estimate = denoised

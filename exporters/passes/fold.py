@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 
 import onnx_ir as ir
-import onnx_ir.passes.common as common
+from onnx_ir.passes import common
 from onnxscript import optimizer
 
 _NO_LIMIT = 1 << 40

@@ -43,7 +43,9 @@ def check(model: ir.Model, after: str) -> None:
     for value in light.graph.initializers.values():
         tensor = value.const_value
         if tensor is not None and tensor.nbytes > 1024 and tensor.dtype == ir.DataType.FLOAT:
-            value.const_value = ir.ExternalTensor("unused", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape), name=value.name)
+            value.const_value = ir.ExternalTensor(
+                "unused", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape), name=value.name
+            )
     for value in list(light.graph.initializers.values()):
         if isinstance(value.const_value, ir.ExternalTensor):  # the checker opens external files: make them inputs
             value.shape, value.dtype = ir.Shape(value.const_value.shape), value.const_value.dtype

@@ -48,7 +48,12 @@ class Share(ir.passes.InPlacePass):
                 continue
             location, offset, length = self.weights.place(tensor)
             value.const_value = ir.ExternalTensor(
-                location, offset, length, tensor.dtype, shape=ir.Shape(tensor.shape), name=value.name or "",
+                location,
+                offset,
+                length,
+                tensor.dtype,
+                shape=ir.Shape(tensor.shape),
+                name=value.name or "",
                 base_dir=self.weights.path.parent,
             )
             modified = True

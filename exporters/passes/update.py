@@ -63,7 +63,7 @@ class Update(ir.passes.InPlacePass):
         next_state = total([(state, row.carry), (kept, row.weights[0]), *history])
         graph.outputs.clear()
         for name, value in [("next_state", next_state), *([("kept", kept)] if self.keep else [])]:
-            value = emit("Identity", value) if value.is_graph_input() or value.is_graph_output() else value
-            value.name = name
-            graph.outputs.append(value)
+            result = emit("Identity", value) if value.is_graph_input() or value.is_graph_output() else value
+            result.name = name
+            graph.outputs.append(result)
         return ir.passes.PassResult(model, modified=True)

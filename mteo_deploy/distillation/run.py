@@ -145,7 +145,7 @@ def distill(
     steps: int,
     solver: str = "euler",
     schedule: str = "polynomial",
-    recipe: Recipe = Recipe(),  # noqa: B008 (frozen)
+    recipe: Recipe = Recipe(),
     quiet: bool = False,
 ) -> EmbeddingSet:
     """Learn an embedding set and write it to ``output``.
@@ -168,9 +168,7 @@ def distill(
     if min(recipe.trajectories, recipe.iterations, recipe.batch) < 1:
         raise InputError("expected at least 1 trajectory, iteration and batch; see `mteo-deploy distill --help`")
     adapter = load_backbone(Path(model))
-    plan = compile_plan(
-        adapter.levels, steps=steps, solver=solver, schedule=schedule, prediction_type=adapter.prediction_type
-    )
+    plan = compile_plan(adapter.levels, steps=steps, solver=solver, schedule=schedule, prediction_type=adapter.prediction_type)
     output.parent.mkdir(parents=True, exist_ok=True)
     fingerprint = adapter.fingerprint()
     key = json.dumps([fingerprint, plan.to_json(), asdict(recipe)], sort_keys=True)

@@ -1,0 +1,313 @@
+"""The commands. Each is a thin layer over the public function of the same name; no logic of its own.
+
+Exit codes: 0 done, 1 ``verify`` found something wrong, 2 bad input or environment (one line on standard error).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mteo_deploy import __version__
+from mteo_deploy.errors import MteoError
+
+PATH = click.Path(path_type=Path)
+
+
+def _verb(function: Callable[..., None]) -> Callable[..., None]:
+    """Turn the package's errors into one line and their exit code."""
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except MteoError as error:
+            click.echo(f"error: {' '.join(str(error).split())}", err=True)
+            sys.exit(error.exit_code)
+        except ModuleNotFoundError as error:
+            if (error.name or "").split(".")[0] not in ("torch", "diffusers", "onnx", "onnx_ir", "onnxscript"):
+                raise
+            click.echo(f"error: this verb needs {error.name}; run: pip install 'mteo-deploy[train]'", err=True)
+            sys.exit(2)
+
+    return run
+
+
+def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
+    console.print(table)
+
+
+def _emit(data: Any) -> None:
+    click.echo(json.dumps(data, indent=1, default=list))
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output, nothing else.")
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress bars.")
+engine_option = click.option("--engine", default="onnxruntime", show_default=True, help="What runs the graphs.")
+device_option = click.option("--device", default="cpu", show_default=True, help="Where it runs them.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="mteo-deploy")
+def main() -> None:
+    """Ship few-step diffusion models.
+
+    \b
+    distill    learn one time embedding per step and layer     (torch)
+    export     bake them into ONNX graphs: a bundle            (torch, onnx)
+    build      make the bundle ready in an engine
+    sample     draw images                                     (numpy + one engine)
+    verify     check numbers and latency; a gate for CI
+    inspect    explain a bundle or an embedding set
+
+    \b
+    Example:  mteo-deploy export --steps 4 -o bundle && mteo-deploy build bundle
+              mteo-deploy sample bundle --num 64 -o grid.png && mteo-deploy verify bundle
+    """
+
+
+@main.command()
+@click.option("--model", type=PATH, help="diffusers pipeline directory [default: the packaged MNIST backbone].")
+@click.option("--steps", type=int, default=4, show_default=True, help="Steps of the schedule.")
+@click.option("--solver", default="euler", show_default=True, help="euler (DDIM), ipndm-2/3/4, heun, dpm-solver-2, dpmpp-2m.")
+@click.option("--schedule", default="polynomial", show_default=True, help="polynomial (rho 7) or logsnr.")
+@click.option("-o", "--output", type=PATH, required=True, help="Embedding set to write (.safetensors).")
+@click.option("--trajectories", type=int, default=1024, show_default=True, help="Reference trajectories to learn from.")
+@click.option("--iterations", type=int, default=400, show_default=True)
+@click.option("--batch", type=int, default=64, show_default=True)
+@click.option("--lr", type=float, default=0.05, show_default=True, help="Adam's learning rate, decayed by a cosine.")
+@click.option("--seed", type=int, default=1_000_000, show_default=True)
+@click.option("--bf16", is_flag=True, help="Train under bf16 autocast.")
+@json_option
+@quiet_option
+@_verb
+def distill(
+    model: Path | None, steps: int, solver: str, schedule: str, output: Path, as_json: bool, quiet: bool, **recipe: Any
+) -> None:
+    """Learn an embedding set for a frozen backbone.
+
+    An interrupted run goes on where it was when called again with the same arguments.
+
+    Example:  mteo-deploy distill --model my-pipeline --steps 4 -o euler-4.safetensors
+    """
+    from mteo_deploy import assets
+    from mteo_deploy.distillation import Recipe
+    from mteo_deploy.distillation import distill as run
+
+    result = run(
+        model or assets.MODEL,
+        output,
+        steps=steps,
+        solver=solver,
+        schedule=schedule,
+        recipe=Recipe(**recipe),
+        quiet=quiet or as_json,
+    )
+    training = result.training
+    if as_json:
+        _emit({"output": str(output), "sha256": result.sha256(), **training})
+        return
+    click.echo(
+        f"{output}: {training['parameters']} numbers learned ({training['share_of_backbone']:.3%} of the backbone) in "
+        f"{training['seconds']:.0f} s; error against the reference "
+        f"{training['error_before']:.4f} -> {training['error_after']:.4f}"
+    )
+
+
+@main.command()
+@click.option("--steps", type=int, help="Step count [default: the embedding set's own; 4 for the packaged ones].")
+@click.option("--solver", default="euler", show_default=True, help="Which packaged set, or the plain solver.")
+@click.option("--model", type=PATH, help="diffusers pipeline directory [default: the packaged MNIST backbone].")
+@click.option("--embeddings", type=PATH, help="Embedding set made by distill [default: the packaged one].")
+@click.option("--plain", is_flag=True, help="Pretrained embeddings, nothing learned: the plain solver.")
+@click.option("-o", "--output", type=PATH, default=Path("bundle"), show_default=True, help="Bundle directory to write.")
+@json_option
+@quiet_option
+@_verb
+def export(as_json: bool, quiet: bool, output: Path, **options: Any) -> None:
+    """Bake an embedding set into one ONNX graph per evaluation: a bundle.
+
+    Example:  mteo-deploy export --steps 4 -o bundle
+    """
+    from mteo_deploy.exporters.export import export as run
+
+    bundle = run(output, quiet=quiet or as_json, **options)
+    compiler = bundle.manifest["compiler"]
+    if as_json:
+        _emit({"bundle": str(output), "seconds": bundle.manifest["export_seconds"], "compiler": compiler})
+        return
+    before = compiler["time_conditioned"]
+    rows = [["time-conditioned", f"{before['nodes']}", f"{before['parameters']:,}", f"{before['bytes']:,}", ""]]
+    for graph in compiler["graphs"]:
+        after = graph["passes"][-1]["after"]
+        rows.append(
+            [
+                graph["graph"],
+                f"{after['nodes']}",
+                f"{after['parameters']:,}",
+                f"{after['bytes']:,}",
+                f"{len(graph['removed_weights'])}",
+            ]
+        )
+    _table("", ["graph", "nodes", "parameters", "bytes", "weights folded away"], rows)
+    size = sum(entry["bytes"] for entry in bundle.manifest["files"].values())
+    click.echo(
+        f"{output}: {len(bundle.step_graphs)} step graphs, {size / 1e6:.2f} MB, {bundle.manifest['export_seconds']:.1f} s"
+    )
+    click.echo(f"next: mteo-deploy build {output}")
+
+
+@main.command()
+@click.argument("bundle", type=PATH)
+@engine_option
+@device_option
+@click.option("--threads", type=int, help="Threads inside an operator [default: the engine's choice].")
+@json_option
+@quiet_option
+@_verb
+def build(bundle: Path, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Make a bundle's graphs ready in an engine.
+
+    Example:  mteo-deploy build bundle --engine onnxruntime
+    """
+    from mteo_deploy.engines.build import build as run
+
+    directory = run(bundle, quiet=quiet or as_json, **options)
+    if as_json:
+        _emit(json.loads((directory / "engine.json").read_text()))
+        return
+    click.echo(f"built {directory}")
+    click.echo(f"next: mteo-deploy sample {bundle} --num 64 -o grid.png")
+
+
+@main.command()
+@click.argument("bundle", type=PATH)
+@click.option("--num", type=int, default=16, show_default=True, help="How many images.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Image i depends on (seed, i) only.")
+@click.option("--batch", type=int, default=16, show_default=True, help="Images per engine call.")
+@click.option("-o", "--output", type=PATH, default=Path("grid.png"), show_default=True, help=".png (grid), .npz, or a folder.")
+@engine_option
+@device_option
+@json_option
+@quiet_option
+@_verb
+def sample(
+    bundle: Path, num: int, seed: int, batch: int, output: Path, engine: str, device: str, as_json: bool, quiet: bool
+) -> None:
+    """Draw images from a built bundle.
+
+    Example:  mteo-deploy sample bundle --num 64 --seed 0 --batch 16 -o grid.png
+    """
+    import time
+
+    from mteo_deploy import images
+    from mteo_deploy.progress import reporter
+    from mteo_deploy.sampler import Sampler
+
+    images.check_output(output)
+    sampler = Sampler.load(bundle, engine=engine, device=device)
+    clock = time.perf_counter()
+    with reporter(quiet or as_json) as report:
+        task = report.task("sampling", num)
+        drawn = sampler(num=num, seed=seed, batch=batch, progress=lambda n: report.advance(task, n))
+    seconds = time.perf_counter() - clock
+    images.save(drawn, output)
+    if as_json:
+        _emit({"output": str(output), "num": num, "seed": seed, "batch": batch, "seconds": seconds})
+        return
+    click.echo(f"{output}: {num} images of {len(sampler.bundle.plan.evaluations)} evaluations each in {seconds:.2f} s")
+
+
+@main.command()
+@click.argument("bundle", type=PATH)
+@engine_option
+@device_option
+@click.option("--batch", type=int, default=1, show_default=True, help="Images per engine call in the latency part.")
+@click.option("--seconds", type=float, default=3.0, show_default=True, help="Time for the latency part; 0 leaves it out.")
+@click.option("--max-p50-ms", type=float, help="Budget: median time to sample one batch, in ms.")
+@click.option("--max-overhead", type=float, help="Budget: baked over time-conditioned step, e.g. 0.02.")
+@click.option("-o", "--output", type=PATH, help="Write report.json here; with .html, a page.")
+@json_option
+@quiet_option
+@_verb
+def verify(bundle: Path, output: Path | None, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Check numbers against the stored torch reference, canaries, latency and budgets.
+
+    Exit code 1 when something is wrong.
+
+    Example:  mteo-deploy verify bundle --max-overhead 0.02 -o report.json
+    """
+    from mteo_deploy.verification import verify as run
+
+    report = run(bundle, quiet=quiet or as_json, **options)
+    if output:
+        report.save(output)
+    if as_json:
+        _emit(report.to_json())
+    else:
+        _table("", ["check", "", "found"], [[c.name, "ok" if c.passed else "FAILED", c.detail] for c in report.checks])
+        click.echo("")
+        for line in report.latency_lines():
+            click.echo(line)
+        click.echo("verified" if report.passed else "NOT verified: " + ", ".join(c.name for c in report.checks if not c.passed))
+    sys.exit(0 if report.passed else 1)
+
+
+@main.command()
+@click.argument("path", type=PATH)
+@json_option
+@_verb
+def inspect(path: Path, as_json: bool) -> None:
+    """Explain a bundle or an embedding set.
+
+    Example:  mteo-deploy inspect bundle
+    """
+    from mteo_deploy.inspection import inspect as run
+
+    found = run(path)
+    if as_json:
+        _emit(found)
+        return
+    plan = found["plan"]
+    if found["kind"] == "bundle":
+        backbone, embeddings = found["backbone"], found["embeddings"]
+        click.echo(f"bundle, schema {found['schema']}, made by mteo-deploy {found['versions']['mteo-deploy']}")
+        click.echo(
+            f"backbone   {backbone['family']} ({backbone['source']}), {backbone['parameters']:,} parameters, "
+            f"samples {'x'.join(map(str, backbone['sample_shape']))}, {backbone['prediction_type']}"
+        )
+        click.echo(f"embeddings {embeddings['parameters']:,} numbers at {len(embeddings['sites'])} sites")
+        click.echo(f"built      {', '.join(found['engines']) or 'nothing yet'}")
+        total = sum(found["files"].values())
+        click.echo(f"files      {len(found['files'])}, {total / 1e6:.2f} MB, all hashes right")
+    else:
+        click.echo(
+            f"embedding set, {found['parameters']:,} numbers at {len(found['sites'])} sites, backbone {found['backbone'][:12]}"
+        )
+    rows = [
+        [str(i), f"{e['sigma']:.4g}", f"{e['timestep']:.2f}", f"{e['carry']:.6g}", ", ".join(f"{w:.6g}" for w in e["weights"])]
+        for i, e in enumerate(plan["evaluations"])
+    ]
+    title = f"plan: {plan['solver']}, {plan['steps']} steps, {plan['schedule']} schedule"
+    _table(title, ["evaluation", "sigma", "timestep", "carry", "weights"], rows)
+
+
+if __name__ == "__main__":
+    main()
