@@ -30,6 +30,9 @@ def _verb(function: Callable[..., None]) -> Callable[..., None]:
         except MteoError as error:
             click.echo(f"error: {' '.join(str(error).split())}", err=True)
             sys.exit(error.exit_code)
+        except OSError as error:
+            click.echo(f"error: {error.filename or 'a file'}: {error.strerror or error}; check the path and the disk", err=True)
+            sys.exit(2)
         except ModuleNotFoundError as error:
             if (error.name or "").split(".")[0] not in ("torch", "diffusers", "onnx", "onnx_ir", "onnxscript"):
                 raise

@@ -37,6 +37,7 @@ class Classifier(torch.nn.Module):
 
     def __init__(self, channels: tuple[int, int, int] = (16, 32, 64), classes: int = 10, dropout: float = 0.3) -> None:
         super().__init__()
+        self.test_accuracy = float("nan")
         self.architecture = {"channels": list(channels), "classes": classes, "dropout": dropout}
         wide, middle, narrow = channels
 
@@ -63,7 +64,7 @@ class Classifier(torch.nn.Module):
         self.head = torch.nn.Linear(FEATURES, classes)
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
-        """Activations of the last hidden layer, ``[n, 1, 28, 28] -> [n, 128]``."""
+        """Activations of the last hidden layer (not negative), ``[n, 1, 28, 28] -> [n, 128]``."""
         return self.body(x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -96,7 +97,7 @@ def load(path: Path | str) -> Classifier:
         model.load_state_dict(tensors)
         model.test_accuracy = float(metadata["test_accuracy"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise SystemExit(f"{path}: expected a classifier's safetensors file; found none that can be read ({error}); {hint}") from None
+        raise SystemExit(f"{path}: expected a classifier's safetensors file; could not read it ({error}); {hint}") from None
     return model.eval().requires_grad_(False)
 
 
@@ -124,7 +125,7 @@ def shift(images: torch.Tensor, reach: int, generator: torch.Generator) -> torch
     down, right = torch.randint(2 * reach + 1, (2, n, 1), generator=generator)
     rows, columns = torch.arange(height) + down, torch.arange(width) + right
     moved = padded[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
-    return moved.permute(0, 3, 1, 2)
+    return moved.permute(0, 3, 1, 2).contiguous()
 
 
 @torch.inference_mode()
@@ -139,7 +140,7 @@ def train(args: argparse.Namespace, images: torch.Tensor, labels: torch.Tensor, 
     """Train with AdamW and one cycle of the learning rate (Smith & Topin 2018), ending near zero."""
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
-    model = Classifier(classes=int(labels.max()) + 1).to(memory_format=torch.channels_last).train()
+    model = Classifier(classes=int(labels.max()) + 1).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
     iterations = args.epochs * (len(images) // args.batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=iterations, pct_start=0.2)
@@ -147,7 +148,7 @@ def train(args: argparse.Namespace, images: torch.Tensor, labels: torch.Tensor, 
     for _ in range(args.epochs):
         order = torch.randperm(len(images), generator=generator)[: len(images) // args.batch * args.batch]
         for chosen in order.split(args.batch):
-            x = shift(to_float(images[chosen]), args.shift, generator).contiguous(memory_format=torch.channels_last)
+            x = shift(to_float(images[chosen]), args.shift, generator)
             loss = torch.nn.functional.cross_entropy(model(x), labels[chosen])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -167,7 +168,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=5e-3, help="highest learning rate of the cycle")
     parser.add_argument("--shift", type=int, default=2, help="random shift of the training images, in pixels")
-    parser.add_argument("--limit", type=int, default=None, help="use the first LIMIT training images only")
+    parser.add_argument("--limit", type=int, default=None, help="train on LIMIT images drawn at random")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=None)
     args = parser.parse_args()
@@ -180,7 +181,10 @@ def main() -> None:
     args = parse()
     if args.threads:
         torch.set_num_threads(args.threads)
-    images, labels = (part[: args.limit] for part in load_labelled(args.train))
+    images, labels = load_labelled(args.train)
+    if args.limit is not None:  # drawn at random, for data sets lie sorted by label
+        chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))[: args.limit]
+        images, labels = images[chosen], labels[chosen]
     test_images, test_labels = load_labelled(args.test)
     if len(images) < args.batch:
         raise SystemExit(f"expected at least one batch of {args.batch} training images; found {len(images)}; lower --batch")

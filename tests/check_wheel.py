@@ -42,7 +42,7 @@ def main() -> int:
         if count != len(sources) + 1:
             print(f"the wheel holds {count} Python files, the checkout {len(sources) + 1}")
             return 1
-        mypy = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), "-p", "mteo_deploy"]
+        mypy = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), "mteo_deploy"]
         result = subprocess.run(mypy, cwd=out / "unzipped", capture_output=True, text=True, check=False)
         print(result.stdout, result.stderr, sep="")
         checked = re.search(r"(\d+) source files?", result.stdout)

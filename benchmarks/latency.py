@@ -1,0 +1,60 @@
+"""Baked against ordinary time conditioning, in one run, interleaved, by batch size: medians, ratios, 95 % intervals.
+
+Prints a table, then one JSON line. Worker threads do not spin here: a spinning pool steals cores from the other side of
+an interleaved comparison.
+
+    python benchmarks/latency.py bundle --batch 1 8 --seconds 30
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from rich.console import Console
+from rich.table import Table
+
+from mteo_deploy.bundle import Bundle
+from mteo_deploy.engines import backend
+from mteo_deploy.sampler import Sampler
+from mteo_deploy.verification import measure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--seconds", type=float, default=30.0, help="per batch size")
+    parser.add_argument("-o", "--output", type=Path)
+    args = parser.parse_args()
+    bundle, engine = Bundle.open(args.bundle), backend("onnxruntime")
+    options = {"session_config": {"session.intra_op.allow_spinning": "0"}}
+    sampler = Sampler(bundle, lambda graph: engine.open(bundle, graph, "cpu", options))
+    results = [measure(sampler, batch, args.seconds) for batch in args.batch]
+    table = Table("batch", "compared", "A p50 ms", "B p50 ms", "A/B", "95 % interval", "pairs")
+    names = {
+        "step": "engine calls, baked / conditioned",
+        "sample": "sampling, baked / conditioned",
+        "loop": "loop / its engine calls",
+    }
+    for result in results:
+        for key, name in names.items():
+            c = result[key]
+            interval = f"[{c['ratio_low']:.3f}, {c['ratio_high']:.3f}]"
+            row = (name, f"{c['a_p50']:.2f}", f"{c['b_p50']:.2f}", f"{c['ratio']:.3f}", interval, str(c["pairs"]))
+            table.add_row(str(result["batch"]), *row)
+    Console(width=120).print(table)
+    versions = {"python": platform.python_version(), "numpy": np.__version__, "onnxruntime": onnxruntime.__version__}
+    line = json.dumps({"results": results, "versions": versions, "cores": os.cpu_count(), "machine": platform.machine()})
+    print(line)
+    if args.output:
+        args.output.write_text(line + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
