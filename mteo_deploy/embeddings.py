@@ -73,8 +73,11 @@ class EmbeddingSet:
         expected = {name: (len(self.plan.evaluations), width) for name, width in sites.items()}
         found = {name: delta.shape for name, delta in self.deltas.items()}
         if expected != found:
-            wrong = sorted(set(expected.items()) ^ set(found.items()))[0]
-            raise InputError(f"expected embeddings of shape [evaluations, width] for every site; {wrong[0]!r} has {wrong[1]}")
+            site = next(name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name))
+            raise InputError(
+                f"expected embeddings [evaluations, width] of shape {expected.get(site, 'none')} at site {site!r}; found "
+                f"{found.get(site, 'none')}; learn a set with: mteo-deploy distill --model DIR --steps N -o embeddings.safetensors"
+            )
 
     def save(self, path: Path) -> None:
         """Write the file atomically."""
@@ -104,14 +107,13 @@ class EmbeddingSet:
                 deltas = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         except (SafetensorError, ValueError, OSError) as error:
             raise InputError(f"expected a safetensors file; {path} cannot be read ({error})") from None
-        if header.get("format") != FORMAT:
+        if not isinstance(header, dict) or header.get("format") != FORMAT:
             raise InputError(f"expected an embedding set made by `mteo-deploy distill`; {path} holds no such metadata")
-        if header["version"] > VERSION:
-            raise InputError(
-                f"expected embedding set version {VERSION} or older; {path} has {header['version']}; upgrade mteo-deploy"
-            )
         try:
-            plan = Plan.from_json(header["plan"])
-        except BundleError as error:
-            raise InputError(f"{path}: {error}") from None
-        return cls(deltas, plan, header["backbone"], header["training"])
+            if header["version"] > VERSION:
+                raise InputError(
+                    f"expected embedding set version {VERSION} or older; {path} has {header['version']}; upgrade mteo-deploy"
+                )
+            return cls(deltas, Plan.from_json(header["plan"]), header["backbone"], header["training"])
+        except (BundleError, KeyError, TypeError) as error:
+            raise InputError(f"{path}: bad metadata ({error}); make the set again with: mteo-deploy distill") from None

@@ -10,10 +10,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -77,8 +75,8 @@ class Student(torch.nn.Module):
 class _Checkpoint:
     """Deltas and Adam moments beside the output, so that an interrupted run goes on where it was."""
 
-    def __init__(self, output: Path, key: str, student: Student, optimizer: torch.optim.Adam) -> None:
-        self.path, self.key = output.with_suffix(".checkpoint.safetensors"), key
+    def __init__(self, path: Path, key: str, student: Student, optimizer: torch.optim.Adam) -> None:
+        self.path, self.key = path, key
         self.delta, self.optimizer = student.delta, optimizer
 
     def save(self, iteration: int, seconds: float) -> None:
@@ -101,9 +99,10 @@ class _Checkpoint:
         return int(metadata["iteration"]), float(metadata["seconds"])
 
 
-def _train(student: Student, data: Trajectories, recipe: Recipe, checkpoint_for: Any, report: Reporter) -> float:
+def _train(student: Student, data: Trajectories, recipe: Recipe, path: Path, key: str, report: Reporter) -> float:
+    """Train the deltas, with a checkpoint at ``path`` every half minute; returns the seconds spent."""
     optimizer = torch.optim.Adam([student.delta], lr=recipe.lr)
-    checkpoint = checkpoint_for(student, optimizer)
+    checkpoint = _Checkpoint(path, key, student, optimizer)
     start, spent = checkpoint.load()
     clock, saved = time.monotonic() - spent, time.monotonic()
     task = report.task("learning", recipe.iterations, start)
@@ -167,11 +166,14 @@ def distill(
         raise InputError(f"expected an output file ending in .safetensors; found {output}")
     if min(recipe.trajectories, recipe.iterations, recipe.batch) < 1:
         raise InputError("expected at least 1 trajectory, iteration and batch; see `mteo-deploy distill --help`")
+    if not 0 < recipe.lr < math.inf:
+        raise InputError(f"expected a learning rate above 0; found --lr {recipe.lr}")
     adapter = load_backbone(Path(model))
     plan = compile_plan(adapter.levels, steps=steps, solver=solver, schedule=schedule, prediction_type=adapter.prediction_type)
     output.parent.mkdir(parents=True, exist_ok=True)
     fingerprint = adapter.fingerprint()
     key = json.dumps([fingerprint, plan.to_json(), asdict(recipe)], sort_keys=True)
+    checkpoint = output.with_suffix(".checkpoint.safetensors")
     held_out = max(16, recipe.trajectories // 8)
     substeps = recipe.substeps or default_substeps(plan)
     with reporter(quiet) as report:
@@ -193,17 +195,9 @@ def distill(
         )
         student = Student(adapter, plan)
         before = _error(student, test, recipe.batch)
-        checkpoints = []
-
-        def checkpoint_for(student: Student, optimizer: torch.optim.Adam) -> _Checkpoint:
-            checkpoints.append(_Checkpoint(output, key, student, optimizer))
-            return checkpoints[-1]
-
-        seconds = _train(student, train, recipe, checkpoint_for, report)
+        seconds = _train(student, train, recipe, checkpoint, key, report)
         after = _error(student, test, recipe.batch)
-    deltas: Mapping[str, Any] = {
-        site.name: student.delta.detach()[:, i].contiguous().numpy() for i, site in enumerate(adapter.sites)
-    }
+    deltas = {site.name: student.delta.detach()[:, i].contiguous().numpy() for i, site in enumerate(adapter.sites)}
     training = {
         "recipe": asdict(recipe),
         "reference": {"solver": "heun", "evaluations": 2 * substeps * plan.steps, "seconds": round(reference_seconds, 1)},
@@ -215,5 +209,5 @@ def distill(
     }
     result = EmbeddingSet(deltas, plan, fingerprint, training)
     result.save(output)
-    checkpoints[-1].path.unlink(missing_ok=True)
+    checkpoint.unlink(missing_ok=True)
     return result

@@ -1,0 +1,64 @@
+"""What several test files need: the torch sampler written out, copies of bundles, and errors between arrays."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mteo_deploy import plan as plans
+from mteo_deploy.bundle import MANIFEST, write_manifest
+from mteo_deploy.embeddings import EmbeddingSet
+from mteo_deploy.exporters.base import Adapter
+
+Array = NDArray[np.float32]
+
+
+def network_of(adapter: Adapter, embeddings: EmbeddingSet) -> Callable[[int, torch.Tensor], torch.Tensor]:
+    """``(evaluation index, state) -> output``: pretrained embedding plus delta at every site, in torch."""
+
+    def network(i: int, state: torch.Tensor) -> torch.Tensor:
+        base = adapter.embedding(torch.tensor([embeddings.plan.evaluations[i].timestep], dtype=torch.float32))
+        return adapter(state, *[base + torch.from_numpy(embeddings.deltas[site.name][i : i + 1]) for site in adapter.sites])
+
+    return network
+
+
+@torch.no_grad()
+def torch_states(adapter: Adapter, embeddings: EmbeddingSet, noise: Array) -> list[Array]:
+    """The torch sampler: the state after every evaluation."""
+    states = plans.run(embeddings.plan, torch.from_numpy(noise), network_of(adapter, embeddings))
+    return [state.numpy() for state in states]
+
+
+def relative(found: Array, expected: Array) -> float:
+    """Euclidean norm of the difference over that of what was expected."""
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Apply ``change`` to the JSON object in a file."""
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+def altered(
+    bundle: Path,
+    target: Path,
+    change: Callable[[dict[str, Any]], object] = lambda manifest: None,
+    files: Callable[[Path], object] = lambda directory: None,
+) -> Path:
+    """A copy of a bundle without built engines, changed in its manifest and its files, all hashes right again."""
+    shutil.copytree(bundle, target, ignore=shutil.ignore_patterns("engines"))
+    manifest = json.loads((target / MANIFEST).read_text())
+    change(manifest)
+    files(target)
+    write_manifest(target, manifest)
+    return target

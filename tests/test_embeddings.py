@@ -1,0 +1,154 @@
+"""The embedding set: its file, its checks, and that zero deltas are the pretrained network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DModel
+from helpers import network_of
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from mteo_deploy.embeddings import FORMAT, VERSION, EmbeddingSet
+from mteo_deploy.errors import InputError
+from mteo_deploy.exporters.base import Adapter, site_dict
+from mteo_deploy.exporters.export import pretrained_set
+
+
+def with_header(source: Path, target: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """A copy of the file with its metadata changed."""
+    with safe_open(source, "numpy") as file:
+        header = json.loads(file.metadata()["mteo"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    change(header)
+    save_file(tensors, target, {"mteo": json.dumps(header)})
+    return target
+
+
+def test_round_trip(learned: EmbeddingSet, tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder" / "set.safetensors"
+    learned.save(path)
+    again = EmbeddingSet.load(path)
+    assert (again.plan, again.backbone, again.training) == (learned.plan, learned.backbone, learned.training)
+    assert again.deltas.keys() == learned.deltas.keys()
+    for name, delta in learned.deltas.items():
+        assert delta.dtype == np.float32
+        np.testing.assert_array_equal(again.deltas[name], delta)
+    assert again.sha256() == learned.sha256()
+    assert [p.name for p in path.parent.iterdir()] == ["set.safetensors"]
+
+
+def test_sha256_sees_values_and_plan(learned: EmbeddingSet, tiny_adapter: Adapter) -> None:
+    name = next(iter(learned.deltas))
+    nudged = {**learned.deltas, name: np.nextafter(learned.deltas[name], np.float32(9))}
+    other_plan = replace(learned, plan=replace(learned.plan, schedule="logsnr"))
+    hashes = {found.sha256() for found in (learned, replace(learned, deltas=nudged), other_plan)}
+    assert len(hashes) == 3
+    assert replace(learned, training={}).sha256() == learned.sha256()
+
+
+def test_check_accepts_its_own_backbone(learned: EmbeddingSet, tiny_adapter: Adapter) -> None:
+    learned.check(tiny_adapter.fingerprint(), site_dict(tiny_adapter.sites))
+
+
+def test_wrong_backbone(learned: EmbeddingSet, tiny_adapter: Adapter) -> None:
+    with pytest.raises(InputError, match=f"backbone {'f' * 12}; found one made for {learned.backbone[:12]}.*mteo-deploy distill"):
+        learned.check("f" * 64, site_dict(tiny_adapter.sites))
+
+
+@pytest.mark.parametrize("case", ["width", "evaluations", "missing", "extra"])
+def test_wrong_shape_names_site_and_shapes(case: str, learned: EmbeddingSet, tiny_adapter: Adapter) -> None:
+    site, deltas = "mid_block.resnets.1", dict(learned.deltas)
+    expected, found = r"\(3, 64\)", {"width": r"\(3, 65\)", "evaluations": r"\(2, 64\)"}.get(case, "none")
+    if case == "extra":
+        site, expected, found = "mid_block.resnets.9", "none", r"\(3, 64\)"
+        deltas[site] = np.zeros((3, 64), np.float32)
+    elif case == "missing":
+        del deltas[site]
+    else:
+        deltas[site] = np.zeros((3, 65) if case == "width" else (2, 64), np.float32)
+    message = f"of shape {expected} at site '{site}'; found {found}; .*mteo-deploy distill"
+    with pytest.raises(InputError, match=message):
+        replace(learned, deltas=deltas).check(tiny_adapter.fingerprint(), site_dict(tiny_adapter.sites))
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="found nothing there"):
+        EmbeddingSet.load(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize("content", [b"", b"not safetensors at all, not even near", b"\xff" * 64])
+def test_not_a_safetensors_file(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "set.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="expected a safetensors file"):
+        EmbeddingSet.load(path)
+
+
+@pytest.mark.parametrize("kept", [4, 100, -1])
+def test_truncated_file(kept: int, tiny_embeddings: Path, tmp_path: Path) -> None:
+    path = tmp_path / "set.safetensors"
+    path.write_bytes(tiny_embeddings.read_bytes()[:kept])
+    with pytest.raises(InputError, match="expected a safetensors file.*cannot be read"):
+        EmbeddingSet.load(path)
+
+
+def test_other_safetensors_file(tmp_path: Path) -> None:
+    save_file({"weight": np.zeros(3, np.float32)}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="made by `mteo-deploy distill`"):
+        EmbeddingSet.load(tmp_path / "model.safetensors")
+
+
+def test_newer_version(tiny_embeddings: Path, tmp_path: Path) -> None:
+    path = with_header(tiny_embeddings, tmp_path / "set.safetensors", lambda header: header.update(version=VERSION + 1))
+    with pytest.raises(InputError, match=f"version {VERSION} or older.*has {VERSION + 1}; upgrade mteo-deploy"):
+        EmbeddingSet.load(path)
+
+
+@pytest.mark.parametrize("key", ["version", "backbone", "plan", "training"])
+def test_header_without_a_field(key: str, tiny_embeddings: Path, tmp_path: Path) -> None:
+    path = with_header(tiny_embeddings, tmp_path / "set.safetensors", lambda header: header.pop(key))
+    with pytest.raises(InputError, match=r"set\.safetensors"):
+        EmbeddingSet.load(path)
+
+
+def test_header_of_another_kind(tmp_path: Path) -> None:
+    save_file({"weight": np.zeros(3, np.float32)}, tmp_path / "set.safetensors", {"mteo": json.dumps([FORMAT])})
+    with pytest.raises(InputError, match="holds no such metadata"):
+        EmbeddingSet.load(tmp_path / "set.safetensors")
+
+
+def test_broken_plan(tiny_embeddings: Path, tmp_path: Path) -> None:
+    path = with_header(tiny_embeddings, tmp_path / "set.safetensors", lambda header: header["plan"].update(sigmas=[1.0]))
+    with pytest.raises(InputError, match=r"set\.safetensors.*hexadecimal"):
+        EmbeddingSet.load(path)
+
+
+def test_zero_delta_is_the_unmodified_network(tiny_model: Path, tiny_adapter: Adapter) -> None:
+    network = UNet2DModel.from_pretrained(tiny_model / "unet", use_safetensors=True)
+    zero = pretrained_set(tiny_adapter, 3, "heun")
+    with_deltas = network_of(tiny_adapter, zero)
+    state = torch.from_numpy(np.random.default_rng(0).standard_normal((5, 1, 8, 8)).astype(np.float32))
+    with torch.no_grad():
+        for i, evaluation in enumerate(zero.plan.evaluations):
+            plain = network(state, torch.tensor(evaluation.timestep, dtype=torch.float32)).sample
+            torch.testing.assert_close(with_deltas(i, state), plain, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(tiny_adapter.at_timestep(state, evaluation.timestep), plain, rtol=1e-5, atol=1e-6)
+
+
+def test_a_delta_at_any_site_matters(tiny_adapter: Adapter) -> None:
+    """The control of the test above: no site is deaf."""
+    zero = pretrained_set(tiny_adapter, 1, "euler")
+    state = torch.ones(1, *tiny_adapter.sample_shape)
+    with torch.no_grad():
+        plain = network_of(tiny_adapter, zero)(0, state)
+        for site in tiny_adapter.sites:
+            moved = replace(zero, deltas={**zero.deltas, site.name: zero.deltas[site.name] + 1})
+            assert (network_of(tiny_adapter, moved)(0, state) - plain).abs().max() > 1e-4, site.name
