@@ -158,6 +158,6 @@ def test_bad_arguments(tiny_model: Path, tmp_path: Path) -> None:
         distill(tiny_model, tmp_path / "e.bin", steps=2, recipe=QUICK, quiet=True)
     with pytest.raises(InputError, match="--steps 4"):
         distill(tiny_model, tmp_path / "e.safetensors", steps=0, recipe=QUICK, quiet=True)
-    with pytest.raises(InputError, match="expected a diffusers pipeline directory.*found nothing"):
+    with pytest.raises(InputError, match=r"expected a diffusers pipeline directory.*found nothing"):
         distill(tmp_path / "nowhere", tmp_path / "e.safetensors", steps=2, recipe=QUICK, quiet=True)
     assert list(tmp_path.iterdir()) == []

@@ -59,7 +59,9 @@ def test_check_accepts_its_own_backbone(learned: EmbeddingSet, tiny_adapter: Ada
 
 
 def test_wrong_backbone(learned: EmbeddingSet, tiny_adapter: Adapter) -> None:
-    with pytest.raises(InputError, match=f"backbone {'f' * 12}; found one made for {learned.backbone[:12]}.*mteo-deploy distill"):
+    with pytest.raises(
+        InputError, match=f"backbone {'f' * 12}; found one made for {learned.backbone[:12]}.*mteo-deploy distill"
+    ):
         learned.check("f" * 64, site_dict(tiny_adapter.sites))
 
 
@@ -96,7 +98,7 @@ def test_not_a_safetensors_file(content: bytes, tmp_path: Path) -> None:
 def test_truncated_file(kept: int, tiny_embeddings: Path, tmp_path: Path) -> None:
     path = tmp_path / "set.safetensors"
     path.write_bytes(tiny_embeddings.read_bytes()[:kept])
-    with pytest.raises(InputError, match="expected a safetensors file.*cannot be read"):
+    with pytest.raises(InputError, match=r"expected a safetensors file.*cannot be read"):
         EmbeddingSet.load(path)
 
 

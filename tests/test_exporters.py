@@ -143,7 +143,7 @@ def test_time_conditioning_is_gone(case: tuple[Sampler, EmbeddingSet], tiny_adap
 
 
 def test_report_names_what_was_removed(case: tuple[Sampler, EmbeddingSet], tiny_adapter: Adapter) -> None:
-    *steps, conditioned = case[0].bundle.manifest["compiler"]["graphs"]
+    *steps, _ = case[0].bundle.manifest["compiler"]["graphs"]
     assert len(steps) == len(case[1].plan.evaluations)
     for graph in steps:
         for site in tiny_adapter.sites:
@@ -173,7 +173,12 @@ def test_onnx_checker_passes_on_disk(case: tuple[Sampler, EmbeddingSet]) -> None
 
 def test_only_state_and_needed_history_are_inputs(history_sampler: Sampler) -> None:
     entries = history_sampler.bundle.step_graphs
-    assert [entry["inputs"][1:] for entry in entries] == [[], ["history_1"], ["history_1", "history_2"], ["history_1", "history_2"]]
+    assert [entry["inputs"][1:] for entry in entries] == [
+        [],
+        ["history_1"],
+        ["history_1", "history_2"],
+        ["history_1", "history_2"],
+    ]
     assert [entry["outputs"] for entry in entries] == [["next_state", "kept"]] * 3 + [["next_state"]]
 
 
@@ -242,9 +247,7 @@ def test_conditioned_loop_equals_torch_with_zero_deltas(
 
 def little(op: str, inputs: tuple[str, ...] = ("state",)) -> ir.Model:
     """``output = op(state, ...)``; further inputs have shape [1, 3]."""
-    values = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch" if name == "state" else 1, 3]) for name in inputs
-    ]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch" if name == "state" else 1, 3]) for name in inputs]
     output = helper.make_tensor_value_info("output", TensorProto.FLOAT, ["batch", 3])
     graph = helper.make_graph([helper.make_node(op, list(inputs), ["output"])], "little", values, [output])
     return ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10))

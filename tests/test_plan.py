@@ -96,7 +96,9 @@ def test_reference_trajectory_meets_a_fine_solution_of_its_ode(name: str) -> Non
     states = run(
         fine,
         np.array([1.0]),
-        lambda i, y: y * fine.evaluations[i].sigma * math.sqrt(1 + fine.evaluations[i].sigma ** 2) / (c + fine.evaluations[i].sigma ** 2),
+        lambda i, y: (
+            y * fine.evaluations[i].sigma * math.sqrt(1 + fine.evaluations[i].sigma ** 2) / (c + fine.evaluations[i].sigma ** 2)
+        ),
     )
     sigma = np.array(plan.sigmas)
     exact = sigma[0] * np.sqrt((c + sigma[1:] ** 2) / (c + sigma[0] ** 2)) / np.sqrt(1 + sigma[1:] ** 2)

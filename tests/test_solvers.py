@@ -66,7 +66,7 @@ def test_order_on_our_schedules(name: str, schedule: str) -> None:
 
 @pytest.mark.parametrize("k", [2, 3, 4])
 def test_ipndm_order_on_equal_steps(k: int) -> None:
-    """``x' = (x - g) + g'`` with ``g = 1 + (sigma_max - sigma)^5``: flat at the start, so that the Euler start costs nothing."""
+    """``x' = (x - g) + g'`` with ``g = 1 + (sigma_max - sigma)^5``: flat at first, so the Euler start costs nothing."""
 
     def error(count: int) -> float:
         def evaluate(x: Grid, sigma: float) -> Grid:
@@ -131,5 +131,5 @@ def test_euler_is_diffusers_ddim() -> None:
 def test_aliases_and_unknown_names() -> None:
     assert solvers.get("ddim") is SOLVERS["euler"]
     assert solvers.get("ipndm") is SOLVERS["ipndm-3"]
-    with pytest.raises(InputError, match="dpmpp-2m.*found 'rk45'"):
+    with pytest.raises(InputError, match=r"dpmpp-2m.*found 'rk45'"):
         solvers.get("rk45")
