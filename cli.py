@@ -136,7 +136,7 @@ def distill(
 
 @main.command()
 @click.option("--steps", type=int, help="Step count [default: the embedding set's own; 4 for the packaged ones].")
-@click.option("--solver", default="euler", show_default=True, help="Which packaged set, or the plain solver.")
+@click.option("--solver", help="Which packaged set, or the plain solver [default: the set's own; euler].")
 @click.option("--model", type=PATH, help="diffusers pipeline directory [default: the packaged MNIST backbone].")
 @click.option("--embeddings", type=PATH, help="Embedding set made by distill [default: the packaged one].")
 @click.option("--plain", is_flag=True, help="Pretrained embeddings, nothing learned: the plain solver.")

@@ -54,7 +54,7 @@ def find(bundle: Bundle, backend: Backend, device: str) -> dict[str, Any]:
     records = sorted(
         bundle.path.glob(f"engines/{backend.name}-{device}-*/{RECORD}"), key=lambda path: path.stat().st_mtime, reverse=True
     )
-    reasons = []
+    reasons, older = [], []
     for path in records:
         try:
             record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -62,6 +62,7 @@ def find(bundle: Bundle, backend: Backend, device: str) -> dict[str, Any]:
         except (ValueError, KeyError, TypeError):
             reasons.append(f"{path.parent.name}: {RECORD} cannot be read")
             continue
+        older.append(options)
         now = key_parts(bundle, backend, device, options)
         changed = [
             f"{name} changed {built.get(name)!s:.12} -> {now[name]!s:.12}" for name in now if built.get(name) != now[name]
@@ -70,5 +71,8 @@ def find(bundle: Bundle, backend: Backend, device: str) -> dict[str, Any]:
             return record
         reasons.append(f"{path.parent.name}: {'; '.join(changed) or 'moved from another key'}")
     if reasons:
-        raise BundleError(f"expected a built engine for this bundle; found stale ones ({' | '.join(reasons)}); {command}")
+        threads = next((f" --threads {o['threads']}" for o in older if "threads" in o), "")
+        raise BundleError(
+            f"expected a built engine for this bundle; found stale ones ({' | '.join(reasons)}); {command}{threads}"
+        )
     raise BundleError(f"expected a built {backend.name} engine for {device} in {bundle.path}; found none; {command}")

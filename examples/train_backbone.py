@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
 
@@ -128,6 +128,8 @@ def train(args: argparse.Namespace, images: torch.Tensor, bar: Progress) -> tupl
     """Run (or go on with) the training and return the model holding the averaged weights, and the seconds spent."""
     torch.manual_seed(args.seed)
     model = make_model(args)
+    if args.init:
+        model.load_state_dict(load_file(args.init / "unet" / "diffusion_pytorch_model.safetensors"))
     ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, betas=(0.9, 0.99))
     checkpoint = Checkpoint(args.output / "checkpoint.safetensors", model, ema, optimizer)
@@ -153,7 +155,7 @@ def train(args: argparse.Namespace, images: torch.Tensor, bar: Progress) -> tupl
         for group in optimizer.param_groups:
             group["lr"] = args.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * iteration / args.iterations)))
         optimizer.step()
-        decay = min(args.ema, (1 + iteration) / (10 + iteration))
+        decay = args.ema if args.init else min(args.ema, (1 + iteration) / (10 + iteration))
         with torch.no_grad():
             for name, value in model.state_dict().items():
                 ema[name].lerp_(value, 1 - decay) if value.is_floating_point() else ema[name].copy_(value)
@@ -173,6 +175,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="image folder, zip or tar of one, or npz")
     parser.add_argument("-o", "--output", type=Path, required=True, help="run directory; the pipeline goes to OUTPUT/pipeline")
+    parser.add_argument("--init", type=Path, help="pipeline directory of the same architecture to start from")
     parser.add_argument("--size", type=int, default=28, help="height and width in pixels")
     parser.add_argument("--channels", type=int, default=1, choices=(1, 3))
     parser.add_argument("--block-out-channels", type=int, nargs="+", default=[32, 64, 96])

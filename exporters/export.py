@@ -32,6 +32,7 @@ from mteo_deploy.exporters.trace import embedding_input, trace_generic, trace_ti
 from mteo_deploy.plan import Plan, compile_plan, reference_plan, run
 from mteo_deploy.progress import Reporter, reporter
 from mteo_deploy.sampler import noise_for
+from mteo_deploy.solvers import canonical
 
 REFERENCE_SEED, REFERENCE_COUNT = 20260322, 4
 
@@ -75,6 +76,14 @@ def _write(model: ir.Model, directory: Path, name: str) -> dict[str, Any]:
     return _entry(model, f"graphs/{name}")
 
 
+def _weights(model: ir.Model) -> set[str]:
+    """Names of the initialisers that are weights: floating point, more than one number."""
+    values = model.graph.initializers.values()
+    return {
+        v.name or "" for v in values if v.const_value is not None and v.dtype == ir.DataType.FLOAT and v.const_value.size > 1
+    }
+
+
 def _compile(
     adapter: Adapter, embeddings: EmbeddingSet, directory: Path, report: Reporter
 ) -> tuple[list[_Compiled], _Compiled, Size]:
@@ -88,18 +97,17 @@ def _compile(
     report.advance(task)
     task = report.task("compiling", len(plan.evaluations) + 1)
     weights = WeightFile(directory / "graphs" / "weights.bin")
+    model = conditioned_graph(generic, time_embedding, [site.name for site in adapter.sites])
+    size, everything = Size.of(model), _weights(model)
     steps = []
     for i, evaluation in enumerate(plan.evaluations):
-        model = generic.clone()
+        step = generic.clone()
         values = {embedding_input(site): value for site, value in _embeddings_at(adapter, embeddings, i).items()}
         keep = any(len(later.weights) > j for j, later in enumerate(plan.evaluations[i + 1 :], start=1))
-        before = set(model.graph.initializers)
-        passes = run_passes(model, [Bind(values), Update(evaluation, keep), Fold(), Share(weights)])
-        removed = sorted(before - set(model.graph.initializers) - set(values))
-        steps.append(_Compiled(_write(model, directory, f"step_{i:02}.onnx"), passes, removed))
+        passes = run_passes(step, [Bind(values), Update(evaluation, keep), Fold(), Share(weights)])
+        removed = sorted(everything - set(step.graph.initializers))
+        steps.append(_Compiled(_write(step, directory, f"step_{i:02}.onnx"), passes, removed))
         report.advance(task)
-    model = conditioned_graph(generic, time_embedding, [site.name for site in adapter.sites])
-    size = Size.of(model)
     only_here = WeightFile(directory / "graphs" / "conditioned.bin", parent=weights)
     passes = run_passes(model, [Fold(), Share(only_here)])
     conditioned = _Compiled(_write(model, directory, "conditioned.onnx"), passes, [])
@@ -181,16 +189,23 @@ def _reference_plan(adapter: Adapter, plan: Plan) -> Plan:
 
 
 def _choose(
-    model: Path | None, embeddings: Path | EmbeddingSet | None, steps: int | None, solver: str, plain: bool, adapter: Adapter
+    model: Path | None,
+    embeddings: Path | EmbeddingSet | None,
+    steps: int | None,
+    solver: str | None,
+    plain: bool,
+    adapter: Adapter,
 ) -> EmbeddingSet:
+    if plain and embeddings is not None:
+        raise InputError("expected --embeddings FILE or --plain (nothing learned); found both; leave one out")
     if plain:
-        chosen = pretrained_set(adapter, 4 if steps is None else steps, solver)
+        chosen = pretrained_set(adapter, 4 if steps is None else steps, solver or "euler")
     elif isinstance(embeddings, EmbeddingSet):
         chosen = embeddings
     elif embeddings is not None:
         chosen = EmbeddingSet.load(embeddings)
     elif model is None:
-        chosen = EmbeddingSet.load(assets.embeddings(4 if steps is None else steps, solver))
+        chosen = EmbeddingSet.load(assets.embeddings(4 if steps is None else steps, solver or "euler"))
     else:
         raise InputError(
             f"expected an embedding set for {model}; pass --embeddings FILE, make one with: mteo-deploy distill --model "
@@ -201,6 +216,11 @@ def _choose(
             f"expected an embedding set for --steps {steps}; found one for {chosen.plan.steps}; "
             f"make one with: mteo-deploy distill --steps {steps} -o embeddings.safetensors"
         )
+    if solver is not None and chosen.plan.solver != canonical(solver):
+        raise InputError(
+            f"expected an embedding set for --solver {solver}; found one for {chosen.plan.solver}; "
+            f"make one with: mteo-deploy distill --solver {solver} -o embeddings.safetensors"
+        )
     return chosen
 
 
@@ -210,7 +230,7 @@ def export(
     model: Path | str | None = None,
     embeddings: Path | str | EmbeddingSet | None = None,
     steps: int | None = None,
-    solver: str = "euler",
+    solver: str | None = None,
     plain: bool = False,
     quiet: bool = False,
 ) -> Bundle:
@@ -221,6 +241,7 @@ def export(
         model: diffusers pipeline directory; None for the packaged backbone.
         embeddings: embedding set or its file; None for the packaged set of ``steps`` and ``solver``.
         steps: step count; None for the set's own (4 for the packaged sets).
+        solver: which packaged set, or the plain solver; None for the set's own (Euler for the packaged sets).
         plain: use the pretrained embeddings unchanged (the plain solver).
 
     Returns:
@@ -235,7 +256,7 @@ def export(
     if isinstance(embeddings, str):
         embeddings = Path(embeddings)
     if model is None and embeddings is None and not plain:
-        assets.embeddings(4 if steps is None else steps, solver)  # a clear error before the model is loaded
+        assets.embeddings(4 if steps is None else steps, solver or "euler")  # a clear error before the model is loaded
     adapter = load_backbone(assets.MODEL if model is None else model)
     chosen = _choose(model, embeddings, steps, solver, plain, adapter)
     sites: Mapping[str, int] = site_dict(adapter.sites)

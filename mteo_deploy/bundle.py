@@ -25,6 +25,7 @@ from mteo_deploy.plan import Plan
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+PARTS = ("plan", "realisations", "conditioned", "reference", "backbone", "embeddings", "precision")
 
 
 def sha256_file(path: Path) -> str:
@@ -56,7 +57,12 @@ def whole_directory(target: Path, *, replace: str | None = None) -> Iterator[Pat
         aside = temporary.with_suffix(".old")
         if target.exists():
             os.replace(target, aside)
-        os.replace(temporary, target)
+        try:
+            os.replace(temporary, target)
+        except OSError:
+            if aside.exists():
+                os.replace(aside, target)
+            raise
         shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
         raise InputError(
@@ -93,7 +99,13 @@ class Bundle:
             raise BundleError(f"{path / MANIFEST} is not a bundle manifest ({error!r}); export again") from None
         if not isinstance(schema, int) or schema > SCHEMA:
             raise BundleError(f"expected bundle schema {SCHEMA} or older; found {schema}; upgrade mteo-deploy")
+        missing = [part for part in PARTS if part not in manifest]
+        if missing:
+            raise BundleError(f"{path / MANIFEST} lacks {', '.join(missing)}; export again")
         bundle = cls(path, manifest)
+        for used in [e["graph"] for e in [*bundle.step_graphs, manifest["conditioned"]]] + [manifest["reference"]["file"]]:
+            if used not in files:
+                raise BundleError(f"{path}: no hash covers {used}; export again")
         for name, size, digest in entries:
             file = bundle.file(name)
             if not file.is_file():

@@ -75,8 +75,8 @@ class EmbeddingSet:
         if expected != found:
             site = next(name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name))
             raise InputError(
-                f"expected embeddings [evaluations, width] of shape {expected.get(site, 'none')} at site {site!r}; found "
-                f"{found.get(site, 'none')}; learn a set with: mteo-deploy distill --model DIR --steps N -o embeddings.safetensors"
+                f"expected embeddings [evaluations, width] of shape {expected.get(site, 'none')} at site {site!r}; "
+                f"found {found.get(site, 'none')}; learn a set with: mteo-deploy distill --model DIR --steps N -o FILE"
             )
 
     def save(self, path: Path) -> None:
@@ -100,7 +100,10 @@ class EmbeddingSet:
             InputError: when the file is missing, not an embedding set, or of a newer version.
         """
         if not path.is_file():
-            raise InputError(f"expected an embedding set (a .safetensors file) at {path}; found nothing there")
+            raise InputError(
+                f"expected an embedding set (a .safetensors file) at {path}; found nothing there; "
+                f"make one with: mteo-deploy distill -o {path}"
+            )
         try:
             with safe_open(path, "numpy") as file:
                 header = json.loads((file.metadata() or {}).get("mteo", "{}"))

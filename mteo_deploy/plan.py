@@ -191,7 +191,7 @@ def compile_plan(
             )
         )
     return Plan(
-        solver=solver,
+        solver=solvers.canonical(solver),
         schedule=schedule,
         prediction_type=prediction_type,
         steps=steps,

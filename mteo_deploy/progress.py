@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -26,7 +27,7 @@ class _Silent:
 @contextlib.contextmanager
 def reporter(quiet: bool = False) -> Iterator[Reporter]:
     """A reporter with rich progress bars, or a silent one."""
-    if quiet:
+    if quiet or not sys.stderr.isatty():
         yield _Silent()
         return
     from rich.console import Console

@@ -110,7 +110,12 @@ SOLVERS: dict[str, Solver] = {
     "ipndm-4": Solver("d", 1, 1, ipndm(4)),
     "dpmpp-2m": Solver("D", 1, 2, dpmpp_2m),
 }
-"""iPNDM's weights assume equal steps: its order is proved on a uniform grid, and is 1 on any other."""
+"""iPNDM's weights assume equal steps: ``order`` is what holds on any grid; on a uniform one order k shows."""
+
+
+def canonical(name: str) -> str:
+    """The name a solver is stored under: ``ddim`` is ``euler``, ``ipndm`` is ``ipndm-3``."""
+    return {"ddim": "euler", "ipndm": "ipndm-3"}.get(name, name)
 
 
 def get(name: str) -> Solver:
@@ -119,7 +124,7 @@ def get(name: str) -> Solver:
     Raises:
         InputError: naming the solvers that exist.
     """
-    solver = SOLVERS.get({"ddim": "euler", "ipndm": "ipndm-3"}.get(name, name))
+    solver = SOLVERS.get(canonical(name))
     if solver is None:
         raise InputError(f"expected a solver out of {', '.join(SOLVERS)}; found {name!r}")
     return solver

@@ -112,7 +112,6 @@ def test_manifest_that_is_none(text: str, bundle_copy: Path) -> None:
         Bundle.open(bundle_copy)
 
 
-@pytest.mark.xfail(strict=True, reason="bug: Bundle.open checks `schema` and `files` only, a KeyError comes later")
 @pytest.mark.parametrize("key", ["plan", "realisations", "conditioned", "reference", "backbone", "precision"])
 def test_manifest_without_a_part(key: str, bundle_copy: Path) -> None:
     edit_json(bundle_copy / MANIFEST, lambda manifest: manifest.pop(key))
@@ -120,7 +119,6 @@ def test_manifest_without_a_part(key: str, bundle_copy: Path) -> None:
         Bundle.open(bundle_copy)
 
 
-@pytest.mark.xfail(strict=True, reason="bug: Bundle.open does not compare the graphs with the hashed files")
 def test_graph_that_no_hash_covers(bundle_copy: Path) -> None:
     """A graph that runs must be among the files that were checked."""
     edit_json(bundle_copy / MANIFEST, lambda manifest: manifest["files"].pop("graphs/step_01.onnx"))
@@ -156,10 +154,7 @@ def test_whole_directory_leaves_nothing_after_an_error(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-LOST = pytest.mark.xfail(strict=True, reason="bug: whole_directory does not move the old result back")
-
-
-@pytest.mark.parametrize("failing", [1, pytest.param(2, marks=LOST)])
+@pytest.mark.parametrize("failing", [1, 2])
 def test_old_result_survives_a_failed_rename(failing: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Moving the old result aside may fail, and so may moving the new one to its place."""
     target, calls, replace = tmp_path / "result", 0, os.replace

@@ -151,7 +151,6 @@ def test_missing_training_packages_name_the_extra(tmp_path: Path, monkeypatch: p
     assert "pip install 'mteo-deploy[train]'" in refused("distill", "-o", tmp_path / "e.safetensors")
 
 
-@pytest.mark.xfail(strict=True, reason="bug: progress.reporter writes a bar to a standard error that is no terminal")
 def test_no_progress_bar_outside_a_terminal(tiny_bundle: Path, tmp_path: Path) -> None:
     result = call("sample", tiny_bundle, "--num", 2, "-o", tmp_path / "x.npz")
     assert (result.exit_code, result.stderr) == (0, "")

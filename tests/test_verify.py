@@ -154,7 +154,6 @@ def test_other_noise(tiny_bundle: Path, tmp_path: Path) -> None:
     assert failed(verify(path, seconds=0, quiet=True)) == {"noise"}
 
 
-@pytest.mark.xfail(strict=True, reason="bug: numerics.canaries warns (numpy RuntimeWarning) about infinite images")
 def test_infinite_output_is_a_failure_not_a_crash(tiny_bundle: Path) -> None:
     """In the last evaluation, so that no later one turns it into NaN; no warning on the way (warnings are errors here)."""
     found = with_fault(tiny_bundle, lambda y, feeds: np.where(y > 0, np.inf, y), slice(2, 3))

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from mteo_deploy.errors import InputError
+from mteo_deploy.solvers import canonical
 
 MODEL = Path(__file__).parent / "mnist"
 
 
 def embedding_sets() -> dict[str, Path]:
     """Packaged embedding sets: ``<solver>-<steps>`` -> file."""
-    return {path.stem: path for path in sorted((MODEL / "embeddings").glob("*.safetensors"))}
+    return {path.stem: path for path in sorted((MODEL / "embeddings").glob("*.safetensors")) if "." not in path.stem}
 
 
 def embeddings(steps: int, solver: str = "euler") -> Path:
@@ -20,7 +21,7 @@ def embeddings(steps: int, solver: str = "euler") -> Path:
     Raises:
         InputError: naming the sets that exist and how to make another.
     """
-    sets, wanted = embedding_sets(), f"{solver}-{steps}"
+    sets, wanted = embedding_sets(), f"{canonical(solver)}-{steps}"
     if steps < 1:
         raise InputError(f"expected --steps of 1 or more; found {steps}")
     if wanted not in sets:
