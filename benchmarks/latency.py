@@ -1,7 +1,7 @@
 """Baked against ordinary time conditioning, in one run, interleaved, by batch size: medians, ratios, 95 % intervals.
 
-Prints a table, then one JSON line. Worker threads do not spin here: a spinning pool steals cores from the other side of
-an interleaved comparison.
+Prints a table, then one JSON line. Sessions are opened as ``build`` and ``sample`` open them, with worker threads that stop
+spinning when a run ends; else they would take the cores from the other side of an interleaved comparison.
 
     python benchmarks/latency.py bundle --batch 1 8 --seconds 30
 """
@@ -30,10 +30,11 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--seconds", type=float, default=30.0, help="per batch size")
+    parser.add_argument("--threads", type=int, help="threads inside an operator")
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
     bundle, engine = Bundle.open(args.bundle), backend("onnxruntime")
-    options = {"session_config": {"session.intra_op.allow_spinning": "0"}}
+    options = {"threads": args.threads} if args.threads else {}
     sampler = Sampler(bundle, lambda graph: engine.open(bundle, graph, "cpu", options))
     results = [measure(sampler, batch, args.seconds) for batch in args.batch]
     table = Table("batch", "compared", "A p50 ms", "B p50 ms", "A/B", "95 % interval", "pairs")
