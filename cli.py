@@ -30,6 +30,8 @@ def _verb(function: Callable[..., None]) -> Callable[..., None]:
         except MteoError as error:
             click.echo(f"error: {' '.join(str(error).split())}", err=True)
             sys.exit(error.exit_code)
+        except BrokenPipeError:
+            raise  # the reader of our output is gone: click ends quietly
         except OSError as error:
             click.echo(f"error: {error.filename or 'a file'}: {error.strerror or error}; check the path and the disk", err=True)
             sys.exit(2)
