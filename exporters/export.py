@@ -18,7 +18,6 @@ from safetensors.numpy import save_file
 import mteo_deploy
 from mteo_deploy import assets
 from mteo_deploy.bundle import MANIFEST, SCHEMA, Bundle, whole_directory, write_manifest
-from mteo_deploy.distillation.trajectories import default_substeps
 from mteo_deploy.embeddings import EmbeddingSet
 from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.base import Adapter, load_backbone, site_dict
@@ -29,7 +28,7 @@ from mteo_deploy.exporters.passes.runner import PassReport, Size, run_passes
 from mteo_deploy.exporters.passes.share import Share, WeightFile
 from mteo_deploy.exporters.passes.update import Update
 from mteo_deploy.exporters.trace import embedding_input, trace_generic, trace_time_embedding
-from mteo_deploy.plan import Plan, compile_plan, reference_plan, run
+from mteo_deploy.plan import Plan, compile_plan, default_substeps, reference_plan, run
 from mteo_deploy.progress import Reporter, reporter
 from mteo_deploy.sampler import noise_for
 from mteo_deploy.solvers import canonical

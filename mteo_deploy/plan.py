@@ -224,6 +224,11 @@ def run(plan: Plan, noise: Any, network: Callable[[int, Any], Any]) -> Sequence[
     return states
 
 
+def default_substeps(plan: Plan) -> int:
+    """Intervals of the reference inside each interval of the plan: about 18 in all (36 evaluations of Heun)."""
+    return max(3, -(-18 // plan.steps))
+
+
 def reference_plan(plan: Plan, levels: schedules.NoiseLevels, substeps: int, solver: str = "heun") -> Plan:
     """The reference trajectory's plan: ``substeps`` intervals inside each interval of ``plan``, on the same curve."""
     return compile_plan(

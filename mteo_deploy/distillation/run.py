@@ -17,11 +17,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from mteo_deploy.distillation.trajectories import Trajectories, default_substeps, reference_trajectories
+from mteo_deploy.distillation.trajectories import Trajectories, reference_trajectories
 from mteo_deploy.embeddings import EmbeddingSet
 from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.base import Adapter, load_backbone
-from mteo_deploy.plan import Plan, compile_plan, run
+from mteo_deploy.plan import Plan, compile_plan, default_substeps, run
 from mteo_deploy.progress import Reporter, reporter
 
 

@@ -20,11 +20,6 @@ class Trajectories:
     states: torch.Tensor
 
 
-def default_substeps(plan: Plan) -> int:
-    """Intervals of the reference inside each interval of the plan: about 18 in all (36 evaluations of Heun)."""
-    return max(3, -(-18 // plan.steps))
-
-
 @torch.no_grad()
 def reference_trajectories(
     adapter: Adapter, plan: Plan, *, count: int, seed: int, batch: int, substeps: int, progress: Callable[[int], None]
