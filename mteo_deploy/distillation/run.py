@@ -35,6 +35,9 @@ class Recipe:
         intermediate: weight of the loss on the time points before the last.
         substeps: reference intervals inside each interval of the plan; None for about 36 evaluations in all.
         bf16: run the backbone under bf16 autocast while training (the reference is always float32).
+
+    Raises:
+        InputError: for a count below 1 or a learning rate that is not positive.
     """
 
     trajectories: int = 1024
@@ -45,6 +48,12 @@ class Recipe:
     substeps: int | None = None
     seed: int = 1_000_000
     bf16: bool = False
+
+    def __post_init__(self) -> None:
+        if min(self.trajectories, self.iterations, self.batch) < 1:
+            raise InputError("expected at least 1 trajectory, iteration and batch; see `mteo-deploy distill --help`")
+        if not 0 < self.lr < math.inf:
+            raise InputError(f"expected a learning rate above 0; found --lr {self.lr}")
 
 
 def _delta_loss(states: list[torch.Tensor], targets: torch.Tensor, plan: Plan, intermediate: float) -> torch.Tensor:
@@ -164,10 +173,6 @@ def distill(
     output = Path(output)
     if output.suffix != ".safetensors":
         raise InputError(f"expected an output file ending in .safetensors; found {output}")
-    if min(recipe.trajectories, recipe.iterations, recipe.batch) < 1:
-        raise InputError("expected at least 1 trajectory, iteration and batch; see `mteo-deploy distill --help`")
-    if not 0 < recipe.lr < math.inf:
-        raise InputError(f"expected a learning rate above 0; found --lr {recipe.lr}")
     adapter = load_backbone(Path(model))
     plan = compile_plan(adapter.levels, steps=steps, solver=solver, schedule=schedule, prediction_type=adapter.prediction_type)
     output.parent.mkdir(parents=True, exist_ok=True)
