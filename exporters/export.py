@@ -71,6 +71,11 @@ def _entry(model: ir.Model, graph: str) -> dict[str, Any]:
 
 
 def _write(model: ir.Model, directory: Path, name: str) -> dict[str, Any]:
+    """Save a graph without the shapes inside it: every engine infers them again, and they are a third of the file."""
+    inner = [value for node in model.graph for value in node.outputs if not value.is_graph_output()]
+    for value in [*inner, *model.graph.initializers.values()]:
+        value.type, value.shape = None, None
+        value.metadata_props.clear()
     ir.save(model, directory / "graphs" / name)
     return _entry(model, f"graphs/{name}")
 

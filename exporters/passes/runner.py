@@ -42,7 +42,7 @@ def check(model: ir.Model, after: str) -> None:
     light = model.clone()
     for value in light.graph.initializers.values():
         tensor = value.const_value
-        if tensor is not None and tensor.nbytes > 1024 and tensor.dtype == ir.DataType.FLOAT:
+        if tensor is not None and tensor.nbytes >= 64 and tensor.dtype == ir.DataType.FLOAT:
             value.const_value = ir.ExternalTensor(
                 "unused", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape), name=value.name
             )

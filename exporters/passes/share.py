@@ -7,8 +7,8 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-THRESHOLD = 1024  # bytes; smaller tensors (biases of one step, scalars) stay inside the graph
-ALIGNMENT = 4096  # page size, so that engines can map tensors
+THRESHOLD = 64  # bytes; scalars and shapes stay inside the graph, where engines look for them
+ALIGNMENT = 64  # bytes: a cache line, enough for engines that map the file and use tensors in place
 
 
 class WeightFile:
@@ -27,7 +27,7 @@ class WeightFile:
             return self.parent.places[digest]
         if digest not in self.places:
             with self.path.open("ab") as file:
-                file.write(b"\0" * (-file.tell() % ALIGNMENT if len(data) >= ALIGNMENT else -file.tell() % 64))
+                file.write(b"\0" * (-file.tell() % ALIGNMENT))
                 self.places[digest] = (self.path.name, file.tell(), len(data))
                 file.write(data)
         return self.places[digest]
@@ -45,6 +45,8 @@ class Share(ir.passes.InPlacePass):
         for value in model.graph.initializers.values():
             tensor = value.const_value
             if tensor is None or isinstance(tensor, ir.ExternalTensor) or tensor.nbytes < THRESHOLD:
+                continue
+            if not tensor.dtype.is_floating_point():
                 continue
             location, offset, length = self.weights.place(tensor)
             value.const_value = ir.ExternalTensor(
