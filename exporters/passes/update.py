@@ -19,6 +19,8 @@ class Update(ir.passes.InPlacePass):
         keep: whether a later evaluation needs what this one keeps.
     """
 
+    changes_outputs = True
+
     def __init__(self, evaluation: Evaluation, keep: bool) -> None:
         super().__init__()
         self.evaluation, self.keep = evaluation, keep
