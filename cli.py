@@ -142,18 +142,22 @@ def distill(
 @click.option("--model", type=PATH, help="diffusers pipeline directory [default: the packaged MNIST backbone].")
 @click.option("--embeddings", type=PATH, help="Embedding set made by distill [default: the packaged one].")
 @click.option("--plain", is_flag=True, help="Pretrained embeddings, nothing learned: the plain solver.")
+@click.option("--realisation", "realisations", multiple=True, help="baked, table or fused; repeatable [default: all].")
+@click.option("--passes", default="absorb", show_default=True, help="Optional compiler passes, by comma; '' for none.")
+@click.option("--dump-after", metavar="PASS", help="Leave each step graph after PASS in OUTPUT.after-PASS/.")
 @click.option("-o", "--output", type=PATH, default=Path("bundle"), show_default=True, help="Bundle directory to write.")
 @json_option
 @quiet_option
 @_verb
-def export(as_json: bool, quiet: bool, output: Path, **options: Any) -> None:
+def export(as_json: bool, quiet: bool, output: Path, realisations: tuple[str, ...], passes: str, **options: Any) -> None:
     """Bake an embedding set into one ONNX graph per evaluation: a bundle.
 
     Example:  mteo-deploy export --steps 4 -o bundle
     """
     from mteo_deploy.exporters.export import export as run
 
-    bundle = run(output, quiet=quiet or as_json, **options)
+    options |= {"realisations": realisations} if realisations else {}
+    bundle = run(output, passes=[name for name in passes.split(",") if name], quiet=quiet or as_json, **options)
     compiler = bundle.manifest["compiler"]
     if as_json:
         _emit({"bundle": str(output), "seconds": bundle.manifest["export_seconds"], "compiler": compiler})
@@ -173,16 +177,32 @@ def export(as_json: bool, quiet: bool, output: Path, **options: Any) -> None:
         )
     _table("", ["graph", "nodes", "parameters", "bytes", "weights folded away"], rows)
     size = sum(entry["bytes"] for entry in bundle.manifest["files"].values())
+    click.echo(f"sites: {_sites_line(compiler['sites'])}")
     click.echo(
-        f"{output}: {len(bundle.step_graphs)} step graphs, {size / 1e6:.2f} MB, {bundle.manifest['export_seconds']:.1f} s"
+        f"{output}: {len(bundle.plan.evaluations)} evaluations, {', '.join(bundle.realisations)}, {size / 1e6:.2f} MB, "
+        f"{bundle.manifest['export_seconds']:.1f} s"
     )
     click.echo(f"next: mteo-deploy build {output}")
+
+
+def _sites_line(sites: list[dict[str, Any]]) -> str:
+    """Per realisation, how many sites' constants are in a layer's own parameters, and why the others are not."""
+    parts = []
+    for kind in sorted({kind for site in sites for where in site["constants"].values() for kind in where}):
+        details = [[where[kind] for where in site["constants"].values()] for site in sites]
+        absorbed = sum(all(text.startswith("rule") or text.startswith("merged") for text in one) for one in details)
+        left = {text for one in details for text in one if not text.startswith(("rule", "merged"))}
+        reason = f" ({'; '.join(sorted(left))})" if left else ""
+        parts.append(f"{kind}: {absorbed} of {len(sites)} absorbed{reason}")
+    return "; ".join(parts)
 
 
 @main.command()
 @click.argument("bundle", type=PATH)
 @engine_option
 @device_option
+@click.option("--realisation", default="auto", show_default=True, help="baked, table, fused, or auto: time them.")
+@click.option("--batch", type=int, default=1, show_default=True, help="Images per engine call when timing.")
 @click.option("--threads", type=int, help="Threads inside an operator [default: the engine's choice].")
 @json_option
 @quiet_option
@@ -198,7 +218,14 @@ def build(bundle: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     if as_json:
         _emit(json.loads((directory / "engine.json").read_text()))
         return
-    click.echo(f"built {directory}")
+    record = json.loads((directory / "engine.json").read_text())
+    measured = record["measured"]
+    for name, ratio in measured.get("loops", {}).items():
+        low, high = ratio["ratio_low"], ratio["ratio_high"]
+        click.echo(
+            f"{name} / {measured['against']}, whole loop at batch {measured['batch']}: {ratio['ratio']:.3f} [{low:.3f}, {high:.3f}]"
+        )
+    click.echo(f"built {directory}, realisation {record['realisation']}")
     click.echo(f"next: mteo-deploy sample {bundle} --num 64 -o grid.png")
 
 

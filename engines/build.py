@@ -1,4 +1,4 @@
-"""``build``: make a bundle's graphs ready in one engine, checked by running each once."""
+"""``build``: make a bundle's graphs ready in one engine, checked by running each once, and pick a realisation by measuring."""
 
 from __future__ import annotations
 
@@ -9,10 +9,16 @@ from typing import Any
 
 import numpy as np
 
+from mteo_deploy import latency
 from mteo_deploy.bundle import Bundle, whole_directory
 from mteo_deploy.engines import backend, cache
-from mteo_deploy.errors import EngineError
+from mteo_deploy.engines.base import Session
+from mteo_deploy.errors import EngineError, InputError
 from mteo_deploy.progress import reporter
+from mteo_deploy.realisations import NAMES, Loop, open_loop
+from mteo_deploy.sampler import noise_for
+
+AUTO = "auto"
 
 
 def build(
@@ -20,12 +26,18 @@ def build(
     *,
     engine: str = "onnxruntime",
     device: str = "cpu",
+    realisation: str = AUTO,
+    batch: int = 1,
+    seconds: float = 2.0,
     threads: int | None = None,
     quiet: bool = False,
 ) -> Path:
-    """Build every graph of a bundle in an engine, run each once, and leave the built engine in the bundle.
+    """Build a bundle in an engine, run each graph once, and leave the built engine in the bundle.
 
     Args:
+        realisation: ``baked``, ``table``, ``fused``, or ``auto``: time those the bundle has and take the fastest.
+        batch: images per engine call in that measurement.
+        seconds: how long to measure.
         threads: threads inside an operator; None for the engine's own choice.
 
     Returns:
@@ -34,31 +46,75 @@ def build(
     Raises:
         BundleError: for a bundle that is not whole.
         MissingPackageError: when the engine's package is not installed.
-        EngineError: when the engine refuses a graph or a graph's output is not finite.
+        EngineError: when the engine refuses a graph, a graph's output is not finite, or the bundle lacks the realisation.
+        InputError: for a realisation, batch or time that does not exist.
     """
+    if realisation not in (*NAMES, AUTO):
+        raise InputError(f"expected --realisation out of {', '.join(NAMES)}, {AUTO}; found {realisation!r}")
+    if batch < 1 or seconds <= 0:
+        raise InputError(f"expected --batch of 1 or more and --seconds above 0; found {batch} and {seconds}")
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     target = backend(engine)
     options: dict[str, Any] = {} if threads is None else {"threads": threads}
     parts = cache.key_parts(bundle, target, device, options)
     directory = cache.directory(bundle, parts)
-    graphs = [*bundle.step_graphs, bundle.manifest["conditioned"]]
-    opened = {}
+    names = list(bundle.realisations) if realisation == AUTO else [realisation]
+    opened: dict[str, float] = {}
+
+    def open_graph(graph: str) -> Session:
+        clock = time.monotonic()
+        session = target.open(bundle, graph, device, options)
+        opened[graph] = round(time.monotonic() - clock, 4)
+        return session
+
     with reporter(quiet) as report:
-        task = report.task(f"building {engine}", len(graphs))
-        for entry in graphs:
-            clock = time.monotonic()
-            session = target.open(bundle, entry["graph"], device, options)
-            feeds = {name: np.zeros(shape_of(name, bundle), np.float32) for name in entry["inputs"]}
-            if not all(np.isfinite(output).all() for output in session.run(feeds)):
-                raise EngineError(f"{entry['graph']} gives values that are not finite in {engine} for a zero input")
-            opened[entry["graph"]] = round(time.monotonic() - clock, 4)
-            report.advance(task, 1, entry["graph"])
+        task = report.task(f"building {engine}", len(names) + 2)
+        _check_conditioned(bundle, open_graph)
+        report.advance(task, 1, "conditioned")
+        loops = {}
+        for name in names:
+            loops[name] = open_loop(name, bundle, open_graph)
+            _check_loop(bundle, loops[name])
+            report.advance(task, 1, name)
+        chosen, measured = _choose(bundle, loops, batch, seconds)
+        report.advance(task, 1, "measuring")
     with whole_directory(directory, replace=cache.RECORD) as temporary:
-        record = {"parts": parts, "key": cache.key(parts), "seconds_to_open": opened}
+        record = {
+            "parts": parts,
+            "key": cache.key(parts),
+            "realisation": chosen,
+            "measured": measured,
+            "seconds_to_open": opened,
+        }
         (temporary / cache.RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return directory
 
 
-def shape_of(name: str, bundle: Bundle) -> tuple[int, ...]:
-    """Shape of a graph input at batch 1."""
-    return (1,) if name == "timestep" else (1, *bundle.sample_shape)
+def _check_conditioned(bundle: Bundle, open_graph: Any) -> None:
+    """The baseline of every comparison opens and gives finite values."""
+    entry = bundle.manifest["conditioned"]
+    state, timestep = np.zeros((1, *bundle.sample_shape), np.float32), np.zeros(1, np.float32)
+    if not all(np.isfinite(output).all() for output in open_graph(entry["graph"]).run({"state": state, "timestep": timestep})):
+        raise EngineError(f"{entry['graph']} gives values that are not finite for a zero input; export again")
+
+
+def _check_loop(bundle: Bundle, loop: Loop) -> None:
+    """Every evaluation gives finite values for a zero state."""
+    for i, state in enumerate(loop.states(np.zeros((1, *bundle.sample_shape), np.float32))):
+        if not np.isfinite(state).all():
+            raise EngineError(f"{loop.name}: evaluation {i} gives values that are not finite for a zero state; export again")
+
+
+def _choose(bundle: Bundle, loops: dict[str, Loop], batch: int, seconds: float) -> tuple[str, dict[str, Any]]:
+    """The fastest realisation and what was measured: whole loops, each interleaved with the first one's."""
+    first, *others = loops
+    if not others:
+        return first, {}
+    state = noise_for(bundle.sample_shape, 0, range(batch)) * np.float32(bundle.plan.initial_scale)
+
+    def run(name: str) -> Any:
+        return lambda: loops[name].states(state)
+
+    ratios = {name: latency.compare(run(name), run(first), seconds=seconds / len(others)).to_json() for name in others}
+    chosen = min(loops, key=lambda name: ratios[name]["ratio"] if name in ratios else 1.0)
+    return chosen, {"batch": batch, "against": first, "loops": ratios}

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import torch
 from safetensors.numpy import save_file
 
@@ -21,31 +19,14 @@ from mteo_deploy.bundle import MANIFEST, SCHEMA, Bundle, whole_directory, write_
 from mteo_deploy.embeddings import EmbeddingSet
 from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.base import Adapter, load_backbone, site_dict
-from mteo_deploy.exporters.conditioned import conditioned_graph
-from mteo_deploy.exporters.passes.bind import Bind
-from mteo_deploy.exporters.passes.fold import Fold
-from mteo_deploy.exporters.passes.runner import PassReport, Size, run_passes
-from mteo_deploy.exporters.passes.share import Share, WeightFile
-from mteo_deploy.exporters.passes.update import Update
-from mteo_deploy.exporters.trace import embedding_input, trace_generic, trace_time_embedding
+from mteo_deploy.exporters.compiler import OPTIONAL, Compiled, Options, compile_bundle
 from mteo_deploy.plan import Plan, compile_plan, default_substeps, reference_plan, run
-from mteo_deploy.progress import Reporter, reporter
+from mteo_deploy.progress import reporter
+from mteo_deploy.realisations import NAMES
 from mteo_deploy.sampler import noise_for
 from mteo_deploy.solvers import canonical
 
 REFERENCE_SEED, REFERENCE_COUNT = 20260322, 4
-
-
-@dataclass(frozen=True)
-class _Compiled:
-    """One graph of the bundle and what the passes did to it."""
-
-    entry: dict[str, Any]
-    passes: list[PassReport]
-    removed: list[str]
-
-    def to_json(self) -> dict[str, Any]:
-        return {**self.entry, "passes": [p.to_json() for p in self.passes], "removed_weights": self.removed}
 
 
 def pretrained_set(adapter: Adapter, steps: int, solver: str, schedule: str = "polynomial") -> EmbeddingSet:
@@ -60,63 +41,6 @@ def _embeddings_at(adapter: Adapter, embeddings: EmbeddingSet, index: int) -> di
     with torch.no_grad():
         base = adapter.embedding(torch.tensor([embeddings.plan.evaluations[index].timestep], dtype=torch.float32)).numpy()
     return {site.name: base + embeddings.deltas[site.name][index : index + 1] for site in adapter.sites}
-
-
-def _entry(model: ir.Model, graph: str) -> dict[str, Any]:
-    return {
-        "graph": graph,
-        "inputs": [value.name for value in model.graph.inputs],
-        "outputs": [value.name for value in model.graph.outputs],
-    }
-
-
-def _write(model: ir.Model, directory: Path, name: str) -> dict[str, Any]:
-    """Save a graph without the shapes inside it: every engine infers them again, and they are a third of the file."""
-    inner = [value for node in model.graph for value in node.outputs if not value.is_graph_output()]
-    for value in [*inner, *model.graph.initializers.values()]:
-        value.type, value.shape = None, None
-        value.metadata_props.clear()
-    ir.save(model, directory / "graphs" / name)
-    return _entry(model, f"graphs/{name}")
-
-
-def _weights(model: ir.Model) -> set[str]:
-    """Names of the initialisers that are weights: floating point, more than one number."""
-    values = model.graph.initializers.values()
-    return {
-        v.name or "" for v in values if v.const_value is not None and v.dtype == ir.DataType.FLOAT and v.const_value.size > 1
-    }
-
-
-def _compile(
-    adapter: Adapter, embeddings: EmbeddingSet, directory: Path, report: Reporter
-) -> tuple[list[_Compiled], _Compiled, Size]:
-    """Trace once, then make every graph of the bundle by rewriting."""
-    plan = embeddings.plan
-    (directory / "graphs").mkdir()
-    task = report.task("tracing", 2)
-    generic = trace_generic(adapter)
-    report.advance(task)
-    time_embedding = trace_time_embedding(adapter)
-    report.advance(task)
-    task = report.task("compiling", len(plan.evaluations) + 1)
-    weights = WeightFile(directory / "graphs" / "weights.bin")
-    model = conditioned_graph(generic, time_embedding, [site.name for site in adapter.sites])
-    size, everything = Size.of(model), _weights(model)
-    steps = []
-    for i, evaluation in enumerate(plan.evaluations):
-        step = generic.clone()
-        values = {embedding_input(site): value for site, value in _embeddings_at(adapter, embeddings, i).items()}
-        keep = any(len(later.weights) > j for j, later in enumerate(plan.evaluations[i + 1 :], start=1))
-        passes = run_passes(step, [Bind(values), Update(evaluation, keep), Fold(), Share(weights)])
-        removed = sorted(everything - set(step.graph.initializers))
-        steps.append(_Compiled(_write(step, directory, f"step_{i:02}.onnx"), passes, removed))
-        report.advance(task)
-    only_here = WeightFile(directory / "graphs" / "conditioned.bin", parent=weights)
-    passes = run_passes(model, [Fold(), Share(only_here)])
-    conditioned = _Compiled(_write(model, directory, "conditioned.onnx"), passes, [])
-    report.advance(task)
-    return steps, conditioned, size
 
 
 @torch.no_grad()
@@ -148,7 +72,7 @@ def _versions() -> dict[str, str]:
 
 
 def _manifest(
-    adapter: Adapter, embeddings: EmbeddingSet, steps: list[_Compiled], conditioned: _Compiled, size: Size, source: str
+    adapter: Adapter, embeddings: EmbeddingSet, compiled: Compiled, source: str
 ) -> dict[str, Any]:
     plan = embeddings.plan
     return {
@@ -173,18 +97,15 @@ def _manifest(
         "plan": plan.to_json(),
         "precision": "float32",
         "batch": "dynamic",
-        "realisations": {"baked": [step.entry for step in steps]},
-        "conditioned": conditioned.entry,
+        "realisations": compiled.realisations,
+        "conditioned": compiled.conditioned.entry,
         "reference": {
             "file": "reference/reference.safetensors",
             "seed": REFERENCE_SEED,
             "count": REFERENCE_COUNT,
             "plan": _reference_plan(adapter, plan).to_json(),
         },
-        "compiler": {
-            "time_conditioned": {"nodes": size.nodes, "parameters": size.parameters, "bytes": size.bytes},
-            "graphs": [graph.to_json() for graph in [*steps, conditioned]],
-        },
+        "compiler": compiled.to_json(),
     }
 
 
@@ -236,6 +157,9 @@ def export(
     steps: int | None = None,
     solver: str | None = None,
     plain: bool = False,
+    realisations: Sequence[str] = NAMES,
+    passes: Sequence[str] = OPTIONAL,
+    dump_after: str | None = None,
     quiet: bool = False,
 ) -> Bundle:
     """Bake an embedding set into per-evaluation ONNX graphs and write a bundle.
@@ -247,6 +171,9 @@ def export(
         steps: step count; None for the set's own (4 for the packaged sets).
         solver: which packaged set, or the plain solver; None for the set's own (Euler for the packaged sets).
         plain: use the pretrained embeddings unchanged (the plain solver).
+        realisations: which to write, of ``baked``, ``table`` and ``fused``; they share their weights.
+        passes: optional compiler passes to run.
+        dump_after: a pass after which to leave each step graph, whole, in ``<output>.after-<pass>/``.
 
     Returns:
         The bundle, opened.
@@ -254,6 +181,9 @@ def export(
     Raises:
         InputError: for a model that is not supported or an embedding set that does not fit.
     """
+    output = Path(output)
+    dump = output.with_name(f"{output.name}.after-{dump_after}") if dump_after else None
+    options = Options(realisations, passes, dump_after, dump)
     if steps is not None and steps < 1:
         raise InputError(f"expected --steps of 1 or more; found {steps}")
     model = None if model is None else Path(model)
@@ -266,11 +196,15 @@ def export(
     sites: Mapping[str, int] = site_dict(adapter.sites)
     chosen.check(adapter.fingerprint(), sites)
     clock = time.monotonic()
-    with reporter(quiet) as report, whole_directory(Path(output), replace=MANIFEST) as directory:
-        compiled = _compile(adapter, chosen, directory, report)
+    with reporter(quiet) as report, whole_directory(output, replace=MANIFEST) as directory:
+
+        def embeddings_at(index: int) -> dict[str, np.ndarray]:
+            return _embeddings_at(adapter, chosen, index)
+
+        compiled = compile_bundle(adapter, chosen.plan, embeddings_at, directory, options, report)
         chosen.save(directory / "embeddings.safetensors")
         _reference(adapter, chosen, directory / "reference" / "reference.safetensors")
-        manifest = _manifest(adapter, chosen, *compiled, "packaged" if model is None else model.name)
+        manifest = _manifest(adapter, chosen, compiled, "packaged" if model is None else model.name)
         manifest["export_seconds"] = round(time.monotonic() - clock, 2)
         write_manifest(directory, manifest)
     return Bundle.open(output)

@@ -103,7 +103,7 @@ class Bundle:
         if missing:
             raise BundleError(f"{path / MANIFEST} lacks {', '.join(missing)}; export again")
         bundle = cls(path, manifest)
-        for used in [e["graph"] for e in [*bundle.step_graphs, manifest["conditioned"]]] + [manifest["reference"]["file"]]:
+        for used in [*(entry["graph"] for entry in bundle.graphs), *bundle.tables, manifest["reference"]["file"]]:
             if used not in files:
                 raise BundleError(f"{path}: no hash covers {used}; export again")
         for name, size, digest in entries:
@@ -138,9 +138,30 @@ class Bundle:
         return tuple(self.manifest["backbone"]["sample_shape"])
 
     @property
+    def realisations(self) -> dict[str, Any]:
+        """Realisations the bundle has: ``baked`` (a list, see :attr:`step_graphs`), ``table`` and ``fused`` (one entry)."""
+        found: dict[str, Any] = self.manifest["realisations"]
+        return found
+
+    @property
+    def graphs(self) -> list[dict[str, Any]]:
+        """Every graph: ``graph`` (file), ``inputs`` and ``outputs`` (tensor names, in order)."""
+        entries = [entry for one in self.realisations.values() for entry in (one if isinstance(one, list) else [one])]
+        return [*entries, self.manifest["conditioned"]]
+
+    @property
+    def tables(self) -> list[str]:
+        """The file of the table, in a list that is empty when the bundle has none."""
+        return [self.realisations["table"]["table"]] if "table" in self.realisations else []
+
+    def table(self) -> NDArray[np.float32]:
+        """What differs between evaluations, ``[evaluations, numbers]``, for the realisation ``table``."""
+        return self._arrays(self.tables[0], "table")["table"]
+
+    @property
     def step_graphs(self) -> list[dict[str, Any]]:
         """Per evaluation: ``graph`` (file), ``inputs`` and ``outputs`` (tensor names, in order)."""
-        graphs = self.manifest["realisations"]["baked"]
+        graphs = self.realisations["baked"]
         if len(graphs) != len(self.plan.evaluations):
             raise BundleError(
                 f"{self.path}: {len(graphs)} step graphs for {len(self.plan.evaluations)} evaluations; export again"
@@ -156,13 +177,16 @@ class Bundle:
 
     def reference(self) -> dict[str, NDArray[np.float32]]:
         """The torch reference: ``noise`` ``[count, ...]``, ``states`` and ``kept`` ``[evaluations, count, ...]``."""
+        return self._arrays(self.manifest["reference"]["file"], "reference")
+
+    def _arrays(self, name: str, what: str) -> dict[str, NDArray[np.float32]]:
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
         try:
-            return load_file(self.file(self.manifest["reference"]["file"]))
+            return load_file(self.file(name))
         except SafetensorError as error:
-            raise BundleError(f"{self.path}: the stored reference cannot be read ({error}); export again") from None
+            raise BundleError(f"{self.path}: the stored {what} cannot be read ({error}); export again") from None
 
 
 def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from mteo_deploy.bundle import Bundle
 from mteo_deploy.engines.base import Session
-from mteo_deploy.errors import InputError
+from mteo_deploy.errors import EngineError, InputError
 from mteo_deploy.plan import Plan, run
+from mteo_deploy.realisations import OpenGraph, Stepwise, open_loop
 
 Array = NDArray[np.float32]
 
@@ -41,19 +42,31 @@ class Sampler:
     >>> images = sampler(num=4, seed=0)         # float32 [4, channels, height, width], nominally in [-1, 1]
     """
 
-    def __init__(self, bundle: Bundle, open_graph: Callable[[str], Session]) -> None:
+    def __init__(
+        self, bundle: Bundle, open_graph: OpenGraph, realisation: str = "baked", tables: Bundle | None = None
+    ) -> None:
         self.bundle = bundle
+        self.plan = (tables or bundle).plan
         self.open_graph = open_graph
-        self._steps = [open_graph(entry["graph"]) for entry in bundle.step_graphs]
-        self._lags = [
-            {name: int(name.removeprefix("history_")) for name in entry["inputs"] if name != "state"}
-            for entry in bundle.step_graphs
-        ]
+        self.loop = open_loop(realisation, bundle, open_graph, tables)
         self._conditioned: Session | None = None
 
     @classmethod
-    def load(cls, path: Path | str, *, engine: str = "onnxruntime", device: str = "cpu") -> Sampler:
-        """Open a bundle's step graphs as ``build`` left them in the newest built engine.
+    def load(
+        cls,
+        path: Path | str,
+        *,
+        engine: str = "onnxruntime",
+        device: str = "cpu",
+        realisation: str | None = None,
+        tables: Path | str | None = None,
+    ) -> Sampler:
+        """Open a bundle as ``build`` left it in the newest built engine.
+
+        Args:
+            realisation: ``baked``, ``table`` or ``fused``; None for what the built engine was built for.
+            tables: another bundle of the same backbone, whose table and plan to use in this one's ``table`` engine: another
+                embedding set or step count without another engine.
 
         Raises:
             BundleError: for a bundle that is not whole, or has no built engine that fits it as it is now.
@@ -63,8 +76,15 @@ class Sampler:
         from mteo_deploy.engines import backend, cache
 
         bundle, target = Bundle.open(path), backend(engine)
-        options = cache.find(bundle, target, device)["parts"]["options"]
-        return cls(bundle, lambda graph: target.open(bundle, graph, device, options))
+        record = cache.find(bundle, target, device)
+        options = record["parts"]["options"]
+        other = None if tables is None else Bundle.open(tables)
+        return cls(
+            bundle,
+            lambda graph: target.open(bundle, graph, device, options),
+            realisation or ("table" if other else record["realisation"]),
+            other,
+        )
 
     @property
     def reference_plan(self) -> Plan:
@@ -73,21 +93,17 @@ class Sampler:
 
     def states(self, noise: Array) -> list[Array]:
         """Run the loop from standard normal noise: the state after each evaluation; the last one is the image."""
-        state = noise * np.float32(self.bundle.plan.initial_scale)
-        history: list[Array] = []
-        states = []
-        for i in range(len(self._steps)):
-            state, kept = self.step(i, state, history)
-            if kept is not None:
-                history.insert(0, kept)
-            states.append(state)
-        return states
+        return self.loop.states(noise * np.float32(self.plan.initial_scale))
 
     def step(self, index: int, state: Array, history: Sequence[Array]) -> tuple[Array, Array | None]:
-        """Evaluation ``index``: ``(next state, kept quantity or None)``; ``history`` is newest first."""
-        feeds = {"state": state, **{name: history[lag - 1] for name, lag in self._lags[index].items()}}
-        next_state, *kept = self._steps[index].run(feeds)
-        return next_state, kept[0] if kept else None
+        """Evaluation ``index`` alone: ``(next state, kept quantity or None)``; ``history`` is newest first.
+
+        Raises:
+            EngineError: in the realisation ``fused``, which has no single evaluations.
+        """
+        if not isinstance(self.loop, Stepwise):
+            raise EngineError("expected a realisation with single evaluations; fused has none; use baked or table")
+        return self.loop.step(index, state, history)
 
     def __call__(self, num: int = 1, seed: int = 0, batch: int = 16, progress: Callable[[int], None] | None = None) -> Array:
         """Sample ``num`` images; image ``i`` depends on ``(seed, i)`` only.

@@ -287,14 +287,16 @@ class Absorb(ir.passes.InPlacePass):
     Args:
         copy_share: a weight may be scaled in this graph alone when it has at most this share of the graph's bytes: every
             evaluation then stores its own. 1.0 where there is one evaluation only.
+        linear: False leaves biases and weights alone (rules A and D), for graphs that look constants up at run time:
+            engines want a convolution's bias to be constant.
 
     Attributes:
         fates: for every constant that an affine chain started with, what became of it.
     """
 
-    def __init__(self, copy_share: float = 1e-3) -> None:
+    def __init__(self, copy_share: float = 1e-3, linear: bool = True) -> None:
         super().__init__()
-        self.copy_share = copy_share
+        self.copy_share, self.linear = copy_share, linear
         self.fates: dict[str, Fate] = {}
         self._origins: dict[str, tuple[str, ...]] = {}
         self._taken: set[str] = set()
@@ -350,6 +352,8 @@ class Absorb(ir.passes.InPlacePass):
 
     def _edit(self, producer: ir.Node, total: Affine) -> Edit:
         if producer.op_type in LINEAR:
+            if not self.linear:
+                raise Declined("a bias that is looked up at run time costs engines their best convolutions")
             return _linear(producer, total, lambda weight: self._may_copy(weight))
         if producer.op_type in CHANNEL_NORMS:
             return _channel_norm(producer, total, self._opset)
@@ -369,13 +373,22 @@ class Absorb(ir.passes.InPlacePass):
 
     def _apply(self, graph: ir.Graph, producer: ir.Node, run: list[tuple[ir.Node, Affine]], edit: Edit) -> None:
         dtype = _dtype(run[0][0])
+        layer = label(producer)
         for index, values in edit.inputs.items():
             old = _input(producer, index)
-            base = old.name if old is not None else f"{label(producer)}.bias"
-            self._set_input(producer, index, self._constant(graph, base or "constant", values, dtype))
+            if index >= len(producer.inputs):
+                producer.resize_inputs(index + 1)
+            if old is None:
+                producer.replace_input_with(index, self._constant(graph, f"{layer}.bias", values, dtype))
+                continue
+            own = len(old.uses()) == 1 and not old.is_graph_output()
+            if own:  # nobody else reads it: the new values take its name
+                del graph.initializers[old.name or ""]
+                self._taken.discard(old.name or "")
+            producer.replace_input_with(index, self._constant(graph, old.name or "constant", values, dtype))
         names = self._original(tuple(name for _, one in run for name in one.constants))
         for name in names:
-            self.fates[name] = Fate(name, True, f"rule {edit.rule}: in {label(producer)} ({producer.op_type})")
+            self.fates[name] = Fate(name, True, f"rule {edit.rule}: in {layer} ({producer.op_type})")
         self._replace(graph, producer.outputs[0], run, replace(edit.rest, constants=names))
 
     def _merge(self, graph: ir.Graph, chain: list[tuple[ir.Node, Affine]]) -> bool:
@@ -431,12 +444,6 @@ class Absorb(ir.passes.InPlacePass):
             name = f"{base}.{count}"
         self._taken.add(name)
         return name
-
-    @staticmethod
-    def _set_input(node: ir.Node, index: int, value: ir.Value) -> None:
-        if index >= len(node.inputs):
-            node.resize_inputs(index + 1)
-        node.replace_input_with(index, value)
 
 
 def _dtype(node: ir.Node) -> ir.DataType:

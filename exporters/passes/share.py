@@ -33,6 +33,19 @@ class WeightFile:
         return self.places[digest]
 
 
+def content_hash(model: ir.Model) -> str:
+    """SHA-256 over nodes, inputs, outputs and the contents of every initialiser: what an engine is built from."""
+    graph, digest = model.graph, hashlib.sha256()
+    for value in [*graph.inputs, *graph.outputs]:
+        digest.update(f"{value.name} {value.dtype} {value.shape}".encode())
+    for node in graph:
+        digest.update(ir.to_proto(node).SerializeToString(deterministic=True))
+    for name, value in sorted(graph.initializers.items()):
+        if value.const_value is not None:
+            digest.update(f"{name} {value.const_value.dtype} {value.const_value.shape}".encode() + value.const_value.tobytes())
+    return digest.hexdigest()
+
+
 class Share(ir.passes.InPlacePass):
     """Replace large initialisers by references into a weight file beside the graph."""
 

@@ -6,6 +6,8 @@ sampling loop does no arithmetic. Inputs that the update does not need are not t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 
@@ -13,59 +15,80 @@ from mteo_deploy.plan import Evaluation
 
 
 class Update(ir.passes.InPlacePass):
-    """Append the update of ``evaluation`` behind the network's output.
+    """Append the update of one evaluation behind the network's output.
 
     Args:
+        evaluation: whose coefficients to write.
         keep: whether a later evaluation needs what this one keeps.
+        alike: evaluations whose updates must have the same form, so that only constants differ between their graphs. A
+            term is left out, or a factor of 1, where that holds for all of them.
     """
 
     changes_outputs = True
 
-    def __init__(self, evaluation: Evaluation, keep: bool) -> None:
+    def __init__(self, evaluation: Evaluation, keep: bool, alike: Sequence[Evaluation] = ()) -> None:
         super().__init__()
-        self.evaluation, self.keep = evaluation, keep
+        self.evaluation, self.keep, self.alike = evaluation, keep, alike or [evaluation]
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        graph, row = model.graph, self.evaluation
+        graph = model.graph
         state, output = graph.inputs[0], graph.outputs[0]
-        count = 0
+        names = {id(state): "state", id(output): "output"}
 
-        def emit(op: str, *inputs: ir.Value) -> ir.Value:
-            nonlocal count
-            node = ir.node(op, inputs, name=f"update/{op.lower()}_{count}")
-            node.outputs[0].name = f"update/value_{count}"
+        def emit(op: str, name: str, *inputs: ir.Value) -> ir.Value:
+            node = ir.node(op, inputs, name=f"update/{name}")
+            node.outputs[0].name = f"update/{name}"
             node.outputs[0].type, node.outputs[0].shape = state.type, state.shape
             graph.append(node)
-            count += 1
             return node.outputs[0]
 
-        def scaled(value: ir.Value, factor: float) -> ir.Value:
-            if factor == 1.0:
-                return value
-            name = f"update/factor_{count}"
-            constant = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([]))
-            constant.const_value = ir.tensor(np.float32(factor), name=name)
-            graph.register_initializer(constant)
-            return emit("Mul", value, constant)
-
-        def total(terms: list[tuple[ir.Value, float]]) -> ir.Value:
-            used = [scaled(value, factor) for value, factor in terms if factor != 0.0]
-            result = used[0]
-            for term in used[1:]:
-                result = emit("Add", result, term)
+        def total(name: str, terms: list[tuple[ir.Value, list[float], float]]) -> ir.Value:
+            """Sum of value times factor; each term has its factor in all the alike evaluations and in this one."""
+            result = None
+            for value, factors, factor in terms:
+                if all(f == 0.0 for f in factors):
+                    continue
+                term, what = value, f"{name}/{names[id(value)]}"
+                if any(f != 1.0 for f in factors):
+                    constant = ir.Value(name=f"{what}_factor", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([]))
+                    constant.const_value = ir.tensor(np.float32(factor), name=constant.name)
+                    graph.register_initializer(constant)
+                    term = emit("Mul", what, value, constant)
+                result = term if result is None else emit("Add", f"{what}_sum", result, term)
+            assert result is not None  # the network's output always counts
             return result
 
-        kept = total([(output, row.keep_output), (state, row.keep_state)])
-        history = []
-        for lag, weight in enumerate(row.weights[1:], start=1):
-            if weight != 0.0:
+        row, rows = self.evaluation, self.alike
+        kept = total(
+            "kept",
+            [
+                (output, [r.keep_output for r in rows], row.keep_output),
+                (state, [r.keep_state for r in rows], row.keep_state),
+            ],
+        )
+        names.setdefault(id(kept), "kept")
+        terms = [(state, [r.carry for r in rows], row.carry), (kept, [r.weights[0] for r in rows], row.weights[0])]
+        for lag in range(1, max(len(r.weights) for r in rows)):
+            factors = [weight_of(r, lag) for r in rows]
+            if any(factors):
                 earlier = ir.Value(name=f"history_{lag}", type=state.type, shape=state.shape)
+                names[id(earlier)] = f"history_{lag}"
                 graph.inputs.append(earlier)
-                history.append((earlier, weight))
-        next_state = total([(state, row.carry), (kept, row.weights[0]), *history])
+                terms.append((earlier, factors, weight_of(row, lag)))
+        next_state = total("next", terms)
         graph.outputs.clear()
         for name, value in [("next_state", next_state), *([("kept", kept)] if self.keep else [])]:
-            result = emit("Identity", value) if value.is_graph_input() or value.is_graph_output() else value
+            result = emit("Identity", f"{name}_copy", value) if value.is_graph_input() or value.is_graph_output() else value
             result.name = name
             graph.outputs.append(result)
         return ir.passes.PassResult(model, modified=True)
+
+
+def weight_of(evaluation: Evaluation, lag: int) -> float:
+    """Factor on what was kept ``lag`` evaluations before."""
+    return evaluation.weights[lag] if lag < len(evaluation.weights) else 0.0
+
+
+def keeps(evaluations: Sequence[Evaluation], index: int) -> bool:
+    """Whether a later evaluation needs what evaluation ``index`` keeps."""
+    return any(weight_of(later, j) != 0.0 for j, later in enumerate(evaluations[index + 1 :], start=1))

@@ -1,0 +1,158 @@
+"""Realisations: how the N evaluations of a plan become engine calls.
+
+``baked`` opens one graph per evaluation, ``table`` one graph for all of them, ``fused`` one graph that holds the loop.
+All come from the same step graphs and give the same images within rounding; which is fastest depends on engine, machine
+and backbone, so ``build`` measures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mteo_deploy.bundle import Bundle
+from mteo_deploy.engines.base import Session
+from mteo_deploy.errors import EngineError
+
+Array = NDArray[np.float32]
+OpenGraph = Callable[[str], Session]
+PREFIX = "history_"
+
+
+class Loop(Protocol):
+    """A realisation opened in an engine. States are ``[batch, ...]``, at unit variance."""
+
+    name: str
+
+    def states(self, state: Array) -> list[Array]:
+        """The state after each evaluation, from the first state; the last one is the image."""
+
+    def calls(self, state: Array) -> None:
+        """The engine calls of one loop and nothing else, all on the same state: what the loop costs at least."""
+
+
+class Stepwise:
+    """A realisation that runs one evaluation per engine call."""
+
+    name: str
+
+    def __init__(self, evaluations: int, history: int) -> None:
+        self.evaluations, self.history = evaluations, history
+
+    def step(self, index: int, state: Array, history: Sequence[Array]) -> tuple[Array, Array | None]:
+        """Evaluation ``index``: ``(next state, kept quantity or None)``; ``history`` is newest first."""
+        raise NotImplementedError
+
+    def states(self, state: Array) -> list[Array]:
+        history: list[Array] = []
+        states = []
+        for i in range(self.evaluations):
+            state, kept = self.step(i, state, history)
+            if kept is not None:
+                history.insert(0, kept)
+                del history[self.history :]
+            states.append(state)
+        return states
+
+    def calls(self, state: Array) -> None:
+        history = [state] * self.history
+        for i in range(self.evaluations):
+            self.step(i, state, history)
+
+
+class Baked(Stepwise):
+    """One graph per evaluation, all constants inside."""
+
+    name = "baked"
+
+    def __init__(self, bundle: Bundle, open_graph: OpenGraph) -> None:
+        entries = bundle.step_graphs
+        super().__init__(len(entries), bundle.plan.history)
+        self._sessions = [open_graph(entry["graph"]) for entry in entries]
+        self._lags = [_lags(entry) for entry in entries]
+
+    def step(self, index: int, state: Array, history: Sequence[Array]) -> tuple[Array, Array | None]:
+        feeds = {"state": state, **{name: history[lag - 1] for name, lag in self._lags[index].items()}}
+        next_state, *kept = self._sessions[index].run(feeds)
+        return next_state, kept[0] if kept else None
+
+
+class Table(Stepwise):
+    """One graph for every evaluation; row ``i`` of a table holds what is special about evaluation ``i``.
+
+    Args:
+        tables: bundle whose table and plan to use; None for the bundle's own.
+
+    Raises:
+        EngineError: when the other bundle's graph is not the same graph.
+    """
+
+    name = "table"
+
+    def __init__(self, bundle: Bundle, open_graph: OpenGraph, tables: Bundle | None = None) -> None:
+        entry, other = bundle.realisations[self.name], (tables or bundle)
+        theirs = other.realisations.get(self.name, {})
+        if theirs.get("content") != entry["content"]:
+            raise EngineError(
+                f"expected a bundle with the table graph of {bundle.path}; {other.path} has "
+                f"{'another one (backbone, or a solver that keeps more)' if theirs else 'none'}; export and build it on its own"
+            )
+        self._table = other.table()
+        super().__init__(len(self._table), other.plan.history)
+        self._session = open_graph(entry["graph"])
+        self._lags = _lags(entry)
+        self._rows = [np.array(i, dtype=np.int64) for i in range(self.evaluations)]
+        self._names = [name for name in entry["inputs"] if name in ("evaluation", "table")]
+
+    def step(self, index: int, state: Array, history: Sequence[Array]) -> tuple[Array, Array | None]:
+        feeds: dict[str, NDArray[Any]] = {"state": state}
+        for name, lag in self._lags.items():  # a factor of zero meets what is not there yet
+            feeds[name] = history[lag - 1] if lag <= len(history) else np.zeros_like(state)
+        if self._names:
+            feeds |= {"evaluation": self._rows[index], "table": self._table}
+        next_state, *kept = self._session.run(feeds)
+        return next_state, kept[0] if kept else None
+
+
+class Fused:
+    """One graph that holds the whole loop."""
+
+    name = "fused"
+
+    def __init__(self, bundle: Bundle, open_graph: OpenGraph) -> None:
+        self._session = open_graph(bundle.realisations[self.name]["graph"])
+
+    def states(self, state: Array) -> list[Array]:
+        return self._session.run({"state": state})
+
+    def calls(self, state: Array) -> None:
+        self._session.run({"state": state})
+
+
+def _lags(entry: dict[str, Any]) -> dict[str, int]:
+    """History inputs of a graph: name -> how many evaluations back."""
+    return {name: int(name.removeprefix(PREFIX)) for name in entry["inputs"] if name.startswith(PREFIX)}
+
+
+NAMES = ("baked", "table", "fused")
+
+
+def open_loop(name: str, bundle: Bundle, open_graph: OpenGraph, tables: Bundle | None = None) -> Loop:
+    """Open a realisation of a bundle.
+
+    Raises:
+        EngineError: for a realisation the bundle does not have, or ``tables`` with another one than ``table``.
+    """
+    if name not in bundle.realisations:
+        raise EngineError(
+            f"expected a realisation out of {', '.join(bundle.realisations)} in {bundle.path}; found {name!r}; export again "
+            f"with --realisation {name}"
+        )
+    if name == "table":
+        return Table(bundle, open_graph, tables)
+    if tables is not None:
+        raise EngineError(f"expected the realisation table with --tables; the built engine is {name}; build --realisation table")
+    return Baked(bundle, open_graph) if name == "baked" else Fused(bundle, open_graph)
