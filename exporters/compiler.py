@@ -216,7 +216,7 @@ class Steps:
         return self._made[alike]
 
     def _step(self, index: int, alike: bool) -> tuple[ir.Model, list[PassReport]]:
-        """Evaluation ``index``. Numbers are compared around each pass for the first one: the others differ in constants."""
+        """Evaluation ``index``. Each pass is checked, numbers too, on the first one: the others differ in constants."""
         rows = self.plan.evaluations
         keep = any(keeps(rows, i) for i in range(len(rows))) if alike else keeps(rows, index)
         model = self.template.clone()
@@ -224,8 +224,9 @@ class Steps:
         if "absorb" in self.options.passes:
             absorb = Absorb(linear=not alike, copy_share=1.0 if len(rows) == 1 else 1e-3)
             passes.append(absorb)
-        reports = run_passes(model, passes, self._feeds(model) if index == 0 else None, self._dump(index, alike))
-        if index == 0:
+        first = index == 0
+        reports = run_passes(model, passes, self._feeds(model) if first else None, self._dump(index, alike), each=first)
+        if first:
             found = {name: fate.detail for name, fate in absorb.fates.items()} if "absorb" in self.options.passes else {}
             self.fates["table" if alike else "baked"] = found
         return model, reports

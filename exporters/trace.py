@@ -58,6 +58,8 @@ def _export(module: torch.nn.Module, args: tuple[Any, ...], inputs: list[str], o
     model = program.model
     model.ir_version = IR_VERSION
     common.ClearMetadataAndDocStringPass()(model)  # stack traces, larger than the graph itself
+    for value in list(model.graph.initializers.values()):  # the backbone's own names, as its user knows them
+        value.name = (value.name or "").removeprefix("adapter.network.")
     return model
 
 

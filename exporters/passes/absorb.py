@@ -417,8 +417,8 @@ class Absorb(ir.passes.InPlacePass):
             node.outputs[0].type, node.outputs[0].shape = old.type, old.shape
             graph.insert_before(run[-1][0], node)
             value = node.outputs[0]
-        if value is source and source.shape is None:
-            source.shape = old.shape
+        if value is source and source.type is None:
+            source.type, source.shape = old.type, old.shape
         ir.convenience.replace_all_uses_with(old, value, replace_graph_outputs=True)
         for node, _ in reversed(run):
             graph.remove(node, safe=True)
