@@ -66,6 +66,7 @@ def _emit(data: Any) -> None:
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output, nothing else.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress bars.")
 engine_option = click.option("--engine", default="onnxruntime", show_default=True, help="What runs the graphs.")
+realisation_option = click.option("--realisation", help="baked, table or fused [default: what was built].")
 device_option = click.option("--device", default="cpu", show_default=True, help="Where it runs them.")
 
 
@@ -185,13 +186,17 @@ def export(as_json: bool, quiet: bool, output: Path, realisations: tuple[str, ..
     click.echo(f"next: mteo-deploy build {output}")
 
 
+ABSORBED = ("rule", "merged")
+"""How a detail of the site report begins where the constant is part of a layer now."""
+
+
 def _sites_line(sites: list[dict[str, Any]]) -> str:
     """Per realisation, how many sites' constants are in a layer's own parameters, and why the others are not."""
     parts = []
     for kind in sorted({kind for site in sites for where in site["constants"].values() for kind in where}):
         details = [[where[kind] for where in site["constants"].values()] for site in sites]
-        absorbed = sum(all(text.startswith("rule") or text.startswith("merged") for text in one) for one in details)
-        left = {text for one in details for text in one if not text.startswith(("rule", "merged"))}
+        absorbed = sum(all(text.startswith(ABSORBED) for text in one) for one in details)
+        left = {text for one in details for text in one if not text.startswith(ABSORBED)}
         reason = f" ({'; '.join(sorted(left))})" if left else ""
         parts.append(f"{kind}: {absorbed} of {len(sites)} absorbed{reason}")
     return "; ".join(parts)
@@ -221,10 +226,9 @@ def build(bundle: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     record = json.loads((directory / "engine.json").read_text())
     measured = record["measured"]
     for name, ratio in measured.get("loops", {}).items():
-        low, high = ratio["ratio_low"], ratio["ratio_high"]
-        click.echo(
-            f"{name} / {measured['against']}, whole loop at batch {measured['batch']}: {ratio['ratio']:.3f} [{low:.3f}, {high:.3f}]"
-        )
+        interval = f"[{ratio['ratio_low']:.3f}, {ratio['ratio_high']:.3f}]"
+        what = f"{name} / {measured['against']}, whole loop at batch {measured['batch']}"
+        click.echo(f"{what}: {ratio['ratio']:.3f} {interval}")
     click.echo(f"built {directory}, realisation {record['realisation']}")
     click.echo(f"next: mteo-deploy sample {bundle} --num 64 -o grid.png")
 
@@ -237,12 +241,12 @@ def build(bundle: Path, as_json: bool, quiet: bool, **options: Any) -> None:
 @click.option("-o", "--output", type=PATH, default=Path("grid.png"), show_default=True, help=".png (grid), .npz, or a folder.")
 @engine_option
 @device_option
+@realisation_option
+@click.option("--tables", type=PATH, help="Another bundle, whose embeddings and steps to use in this one's table engine.")
 @json_option
 @quiet_option
 @_verb
-def sample(
-    bundle: Path, num: int, seed: int, batch: int, output: Path, engine: str, device: str, as_json: bool, quiet: bool
-) -> None:
+def sample(bundle: Path, num: int, seed: int, batch: int, output: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     """Draw images from a built bundle.
 
     Example:  mteo-deploy sample bundle --num 64 --seed 0 --batch 16 -o grid.png
@@ -254,7 +258,7 @@ def sample(
     from mteo_deploy.sampler import Sampler
 
     images.check_output(output)
-    sampler = Sampler.load(bundle, engine=engine, device=device)
+    sampler = Sampler.load(bundle, **options)
     clock = time.perf_counter()
     with reporter(quiet or as_json) as report:
         task = report.task("sampling", num)
@@ -264,17 +268,18 @@ def sample(
     if as_json:
         _emit({"output": str(output), "num": num, "seed": seed, "batch": batch, "seconds": seconds})
         return
-    click.echo(f"{output}: {num} images of {len(sampler.bundle.plan.evaluations)} evaluations each in {seconds:.2f} s")
+    click.echo(f"{output}: {num} images of {len(sampler.plan.evaluations)} evaluations each in {seconds:.2f} s")
 
 
 @main.command()
 @click.argument("bundle", type=PATH)
 @engine_option
 @device_option
+@realisation_option
 @click.option("--batch", type=int, default=1, show_default=True, help="Images per engine call in the latency part.")
 @click.option("--seconds", type=float, default=3.0, show_default=True, help="Time for the latency part; 0 leaves it out.")
 @click.option("--max-p50-ms", type=float, help="Budget: median time to sample one batch, in ms.")
-@click.option("--max-overhead", type=float, help="Budget: baked over time-conditioned step, e.g. 0.02.")
+@click.option("--max-overhead", type=float, help="Budget: evaluations over time-conditioned ones, e.g. 0.02.")
 @click.option("-o", "--output", type=PATH, help="Write report.json here; with .html, a page.")
 @json_option
 @quiet_option

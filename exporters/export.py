@@ -71,9 +71,7 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _manifest(
-    adapter: Adapter, embeddings: EmbeddingSet, compiled: Compiled, source: str
-) -> dict[str, Any]:
+def _manifest(adapter: Adapter, embeddings: EmbeddingSet, compiled: Compiled, source: str) -> dict[str, Any]:
     plan = embeddings.plan
     return {
         "schema": SCHEMA,

@@ -86,9 +86,11 @@ def _look_up(model: ir.Model, names: Sequence[str], width: int) -> None:
         old = graph.initializers[name]
         shape = tuple(_tensor(model, name).shape)
         piece.name, piece.type = f"table/{name}/flat", floats
-        target = _constant(graph, f"table/shape_{'x'.join(map(str, shape))}", np.array(shape, np.int64)) if (
-            f"table/shape_{'x'.join(map(str, shape))}" not in graph.initializers
-        ) else graph.initializers[f"table/shape_{'x'.join(map(str, shape))}"]
+        target = (
+            _constant(graph, f"table/shape_{'x'.join(map(str, shape))}", np.array(shape, np.int64))
+            if (f"table/shape_{'x'.join(map(str, shape))}" not in graph.initializers)
+            else graph.initializers[f"table/shape_{'x'.join(map(str, shape))}"]
+        )
         view = ir.node("Reshape", [piece, target], name=f"table/{name}")
         view.outputs[0].name, view.outputs[0].type, view.outputs[0].shape = f"table/{name}", floats, ir.Shape(shape)
         old.replace_all_uses_with(view.outputs[0])

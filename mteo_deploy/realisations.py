@@ -71,12 +71,12 @@ class Baked(Stepwise):
     def __init__(self, bundle: Bundle, open_graph: OpenGraph) -> None:
         entries = bundle.step_graphs
         super().__init__(len(entries), bundle.plan.history)
-        self._sessions = [open_graph(entry["graph"]) for entry in entries]
+        self.sessions = [open_graph(entry["graph"]) for entry in entries]
         self._lags = [_lags(entry) for entry in entries]
 
     def step(self, index: int, state: Array, history: Sequence[Array]) -> tuple[Array, Array | None]:
         feeds = {"state": state, **{name: history[lag - 1] for name, lag in self._lags[index].items()}}
-        next_state, *kept = self._sessions[index].run(feeds)
+        next_state, *kept = self.sessions[index].run(feeds)
         return next_state, kept[0] if kept else None
 
 
@@ -154,5 +154,7 @@ def open_loop(name: str, bundle: Bundle, open_graph: OpenGraph, tables: Bundle |
     if name == "table":
         return Table(bundle, open_graph, tables)
     if tables is not None:
-        raise EngineError(f"expected the realisation table with --tables; the built engine is {name}; build --realisation table")
+        raise EngineError(
+            f"expected the realisation table with --tables; the built engine is {name}; build --realisation table"
+        )
     return Baked(bundle, open_graph) if name == "baked" else Fused(bundle, open_graph)

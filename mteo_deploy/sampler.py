@@ -42,9 +42,7 @@ class Sampler:
     >>> images = sampler(num=4, seed=0)         # float32 [4, channels, height, width], nominally in [-1, 1]
     """
 
-    def __init__(
-        self, bundle: Bundle, open_graph: OpenGraph, realisation: str = "baked", tables: Bundle | None = None
-    ) -> None:
+    def __init__(self, bundle: Bundle, open_graph: OpenGraph, realisation: str = "baked", tables: Bundle | None = None) -> None:
         self.bundle = bundle
         self.plan = (tables or bundle).plan
         self.open_graph = open_graph

@@ -101,7 +101,9 @@ def _budgets(measured: dict[str, Any], max_p50_ms: float | None, max_overhead: f
     if max_overhead is not None:
         low = measured["step"]["ratio_low"] - 1
         ratio = measured["step"]["ratio"] - 1
-        detail = f"{measured['realisation']} over time-conditioned: {ratio:+.1%}, at least {low:+.1%} (allowed {max_overhead:+.1%})"
+        detail = (
+            f"{measured['realisation']} over time-conditioned: {ratio:+.1%}, at least {low:+.1%} (allowed {max_overhead:+.1%})"
+        )
         checks.append(Check("budget overhead", low <= max_overhead, detail))
     return checks
 
@@ -111,6 +113,7 @@ def verify(
     *,
     engine: str = "onnxruntime",
     device: str = "cpu",
+    realisation: str | None = None,
     batch: int = 1,
     seconds: float = 3.0,
     max_p50_ms: float | None = None,
@@ -120,6 +123,7 @@ def verify(
     """Verify a bundle in an engine.
 
     Args:
+        realisation: ``baked``, ``table`` or ``fused``; None for what the built engine was built for.
         batch: images per engine call in the latency part.
         seconds: time for the latency part; 0 leaves it out.
         max_p50_ms: budget for sampling one batch, median, in milliseconds.
@@ -134,7 +138,9 @@ def verify(
         raise InputError(f"expected --batch of 1 or more and --seconds of 0 or more; found {batch} and {seconds}")
     if seconds == 0 and (max_p50_ms is not None or max_overhead is not None):
         raise InputError("expected --seconds above 0 with a latency budget; found --seconds 0")
-    sampler = bundle if isinstance(bundle, Sampler) else Sampler.load(bundle, engine=engine, device=device)
+    sampler = (
+        bundle if isinstance(bundle, Sampler) else Sampler.load(bundle, engine=engine, device=device, realisation=realisation)
+    )
     tolerance = numerics.TOLERANCE[sampler.bundle.manifest["precision"]]
     measured: dict[str, Any] = {}
     checks: list[Check] = []

@@ -66,7 +66,8 @@ def tiny_embeddings(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) 
 def tiny_bundle(tiny_model: Path, tiny_embeddings: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Bundle of ``tiny_embeddings``, built; a test that alters it copies it first."""
     path = tmp_path_factory.mktemp("bundles") / "euler-3"
-    build(export(path, model=tiny_model, embeddings=tiny_embeddings, quiet=True), threads=1, quiet=True)
+    bundle = export(path, model=tiny_model, embeddings=tiny_embeddings, quiet=True)
+    build(bundle, realisation="baked", threads=1, quiet=True)
     return path
 
 
@@ -74,7 +75,8 @@ def tiny_bundle(tiny_model: Path, tiny_embeddings: Path, tmp_path_factory: pytes
 def tiny_history_bundle(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built bundle whose updates reach back two evaluations: plain iPNDM 3, 4 steps."""
     path = tmp_path_factory.mktemp("bundles") / "ipndm-4"
-    build(export(path, model=tiny_model, steps=4, solver="ipndm-3", plain=True, quiet=True), threads=1, quiet=True)
+    bundle = export(path, model=tiny_model, steps=4, solver="ipndm-3", plain=True, quiet=True)
+    build(bundle, realisation="baked", threads=1, quiet=True)
     return path
 
 

@@ -204,9 +204,7 @@ def test_scale_of_a_linear_layer_is_copied_only_where_the_weight_is_small() -> N
 @pytest.mark.parametrize(
     ("steps", "shape", "outputs", "reason"),
     [
-        pytest.param(
-            [CONV, ("Add", ["v0", normal(1, 4, 5, 5)], {})], IMAGE, None, "varies along more", id="not per channel"
-        ),
+        pytest.param([CONV, ("Add", ["v0", normal(1, 4, 5, 5)], {})], IMAGE, None, "varies along more", id="not per channel"),
         pytest.param(
             [CONV, ("Add", ["v0", normal(1, 4, 1, 1)], {}), ("Relu", ["v0"], {}), ("Add", ["v1", "v2"], {})],
             IMAGE,
@@ -217,9 +215,7 @@ def test_scale_of_a_linear_layer_is_copied_only_where_the_weight_is_small() -> N
         pytest.param(
             [CONV, ("Add", ["v0", normal(1, 4, 1, 1)], {})], IMAGE, ["v0", "v1"], "another node reads", id="graph output"
         ),
-        pytest.param(
-            [CONV, ("Add", ["v0", normal(1, 1, 4, 1, 1)], {})], IMAGE, None, "more axes", id="another rank"
-        ),
+        pytest.param([CONV, ("Add", ["v0", normal(1, 1, 4, 1, 1)], {})], IMAGE, None, "more axes", id="another rank"),
         pytest.param(
             [("Gemm", ["state", normal(6, 5), normal(5)], {"beta": 2.0}), ("Add", ["v0", normal(1, 5)], {})],
             ["batch", 6],
@@ -415,7 +411,7 @@ def test_any_graph_keeps_its_outputs(case: tuple[list[Step], list[str]], copy_sh
     steps, outputs = case
     model = graph_of(steps, ["batch", 2, 3], outputs=outputs)
     count = model.graph.num_nodes()
-    model, one = absorbed(model, (2, 2, 3), copy_share=copy_share, linear=linear)
+    model, _ = absorbed(model, (2, 2, 3), copy_share=copy_share, linear=linear)
     assert model.graph.num_nodes() <= count
     assert [value.name for value in model.graph.outputs] == outputs
     assert not Absorb(copy_share=copy_share, linear=linear)(model).modified, "a second run finds nothing"

@@ -18,7 +18,7 @@ from mteo_deploy import assets
 from mteo_deploy.bundle import MANIFEST, SCHEMA, Bundle, sha256_file, whole_directory
 from mteo_deploy.embeddings import EmbeddingSet
 from mteo_deploy.errors import BundleError, InputError
-from mteo_deploy.exporters import export as exporting
+from mteo_deploy.exporters import compiler
 from mteo_deploy.exporters.export import export
 from mteo_deploy.inspection import inspect
 
@@ -182,7 +182,7 @@ def test_full_disk_during_export(
 ) -> None:
     before = (bundle_copy / MANIFEST).read_bytes()
     if failing == "graph":
-        monkeypatch.setattr(exporting.ir, "save", no_space)
+        monkeypatch.setattr(compiler.ir, "save", no_space)
     else:
         monkeypatch.setattr(EmbeddingSet, "save", no_space)
     with pytest.raises(InputError, match="No space left on device; nothing was kept; free space"):

@@ -71,9 +71,9 @@ def test_all_verbs_in_a_row(tiny_model: Path, tmp_path: Path) -> None:
 
     result = call("export", "--model", tiny_model, "--embeddings", embeddings, "-o", bundle, "-q")
     assert result.exit_code == 0, result.stderr
-    assert "2 step graphs" in result.stdout and f"next: mteo-deploy build {bundle}" in result.stdout
+    assert "2 evaluations, baked, table, fused" in result.stdout and f"next: mteo-deploy build {bundle}" in result.stdout
 
-    result = call("build", bundle, "--threads", 1, "--json")
+    result = call("build", bundle, "--threads", 1, "--realisation", "table", "--json")
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["parts"]["options"] == {"threads": 1}
 

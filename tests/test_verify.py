@@ -16,6 +16,7 @@ from mteo_deploy.engines.build import build
 from mteo_deploy.errors import InputError
 from mteo_deploy.latency import bootstrap_median, compare
 from mteo_deploy.numerics import relative_error
+from mteo_deploy.realisations import Baked
 from mteo_deploy.report import page
 from mteo_deploy.sampler import Sampler
 from mteo_deploy.verification import Report, verify
@@ -38,10 +39,16 @@ class Faulty:
         return [self.fault(next_state, feeds).astype(np.float32), *others]
 
 
+def loop_of(sampler: Sampler) -> Baked:
+    assert isinstance(sampler.loop, Baked)
+    return sampler.loop
+
+
 def with_fault(bundle: Path, fault: Callable[[Array, Mapping[str, Array]], Array], where: slice = slice(None)) -> set[str]:
     """Names of the checks that fail when the sessions at ``where`` are faulty."""
     sampler = Sampler.load(bundle)
-    sampler._steps[where] = [Faulty(session, fault) for session in sampler._steps[where]]
+    sessions = loop_of(sampler).sessions
+    sessions[where] = [Faulty(session, fault) for session in sessions[where]]
     return failed(verify(sampler, seconds=0, quiet=True))
 
 
@@ -64,7 +71,7 @@ def test_swapped_steps(name: str, request: pytest.FixtureRequest, tmp_path: Path
         baked[last - 1]["graph"], baked[last]["graph"] = baked[last]["graph"], baked[last - 1]["graph"]
 
     path = altered(request.getfixturevalue(name), tmp_path / "b", swap)
-    build(path, threads=1, quiet=True)
+    build(path, realisation="baked", threads=1, quiet=True)
     found = failed(verify(path, seconds=0, quiet=True))
     assert found >= {f"evaluation {last - 1}", f"evaluation {last}", "trajectory"}
     assert not found & {"evaluation 0", "noise", "finite", "repeatable"}
@@ -127,7 +134,8 @@ def test_dependence_on_batch_size(tiny_bundle: Path) -> None:
 def test_one_evaluation_slightly_off(index: int, tiny_bundle: Path) -> None:
     """One per cent, invisible in a picture: that evaluation is named, and the trajectory from there."""
     sampler = Sampler.load(tiny_bundle)
-    sampler._steps[index] = Faulty(sampler._steps[index], lambda y, feeds: y * 1.01)
+    sessions = loop_of(sampler).sessions
+    sessions[index] = Faulty(sessions[index], lambda y, feeds: y * 1.01)
     report = verify(sampler, seconds=0, quiet=True)
     assert failed(report) == {f"evaluation {index}", "trajectory"}
     (trajectory,) = [check for check in report.checks if check.name == "trajectory"]
@@ -137,14 +145,14 @@ def test_one_evaluation_slightly_off(index: int, tiny_bundle: Path) -> None:
 def test_kept_quantity_off(tiny_history_bundle: Path) -> None:
     """The history output is checked too, not only the state."""
     sampler = Sampler.load(tiny_history_bundle)
-    first = sampler._steps[0]
+    first = loop_of(sampler).sessions[0]
 
     class Kept:
         def run(self, feeds: Mapping[str, Array]) -> list[Array]:
             next_state, kept = first.run(feeds)
             return [next_state, kept * np.float32(1.01)]
 
-    sampler._steps[0] = Kept()
+    loop_of(sampler).sessions[0] = Kept()
     assert failed(verify(sampler, seconds=0, quiet=True)) >= {"evaluation 0", "trajectory"}
 
 

@@ -30,7 +30,7 @@ CHANNEL_NORMS = ("InstanceNormalization", "GroupNormalization", "BatchNormalizat
 LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
-class Declined(Exception):
+class DeclinedError(Exception):
     """A rule does not apply; the message says why."""
 
 
@@ -51,12 +51,12 @@ class Affine:
         """``other`` applied to the result of this one.
 
         Raises:
-            Declined: when broadcasting makes a constant larger than all that it is made of.
+            DeclinedError: when broadcasting makes a constant larger than all that it is made of.
         """
         limit = max(part.size for part in (self.scale, self.shift, other.scale, other.shift) if part is not None)
         scale, shift = _times(self.scale, other.scale), _plus(_times(self.shift, other.scale, zero=True), other.shift)
         if any(part is not None and part.size > limit for part in (scale, shift)):
-            raise Declined("the merged constant would be larger than its parts")
+            raise DeclinedError("the merged constant would be larger than its parts")
         return Affine(scale, shift, self.constants + other.constants)
 
 
@@ -140,25 +140,25 @@ def along(values: Wide, rank: int, axis: int, size: int) -> Wide:
     """A constant that broadcasts to ``rank`` axes as a vector ``[size]`` along ``axis``.
 
     Raises:
-        Declined: when it varies along another axis.
+        DeclinedError: when it varies along another axis.
     """
     if values.ndim > rank:
-        raise Declined("the constant has more axes than the layer's output")
+        raise DeclinedError("the constant has more axes than the layer's output")
     shape = (1,) * (rank - values.ndim) + values.shape
     if any(length != 1 for i, length in enumerate(shape) if i != axis) or shape[axis] not in (1, size):
-        raise Declined(f"the constant {list(values.shape)} varies along more than the layer's output channels")
+        raise DeclinedError(f"the constant {list(values.shape)} varies along more than the layer's output channels")
     return np.broadcast_to(values.reshape(-1), (size,))
 
 
 def _shape(value: ir.Value | None) -> list[int]:
     if value is None or value.shape is None or not all(isinstance(d, int) for d in value.shape):
-        raise Declined("a shape that the rule needs is not known")
+        raise DeclinedError("a shape that the rule needs is not known")
     return [int(d) for d in value.shape]  # type: ignore[arg-type]
 
 
 def _rank(value: ir.Value | None) -> int:
     if value is None or value.shape is None:
-        raise Declined("a rank that the rule needs is not known")
+        raise DeclinedError("a rank that the rule needs is not known")
     return len(value.shape)
 
 
@@ -190,9 +190,9 @@ def _linear(node: ir.Node, total: Affine, may_copy: Callable[[ir.Value], bool]) 
     weight, bias = _input(node, 1), _input(node, 2)
     shape, op = _shape(weight), node.op_type
     if op == "Gemm" and (_attribute(node, "alpha", 1) != 1 or _attribute(node, "beta", 1) != 1):
-        raise Declined("the Gemm scales its terms")
+        raise DeclinedError("the Gemm scales its terms")
     if op == "MatMul" and len(shape) != 2:
-        raise Declined("the weight of the MatMul is not a matrix")
+        raise DeclinedError("the weight of the MatMul is not a matrix")
     column = {"Conv": 0, "ConvTranspose": 1, "MatMul": 1, "Gemm": 0 if _attribute(node, "transB", 0) else 1}[op]
     size = shape[column] * (int(_attribute(node, "group", 1)) if op == "ConvTranspose" else 1)
     rank = {"Gemm": 2}.get(op, len(shape)) if op != "MatMul" else _rank(node.outputs[0])
@@ -201,14 +201,14 @@ def _linear(node: ir.Node, total: Affine, may_copy: Callable[[ir.Value], bool]) 
     if scale is not None:
         values = constant(weight)
         if values is None or weight is None:
-            raise Declined("the layer's weight is not a constant")
+            raise DeclinedError("the layer's weight is not a constant")
         if not may_copy(weight) or op == "ConvTranspose":
-            raise Declined(f"a scale in {label(node)} would store its weight once per evaluation: kept as a vector")
+            raise DeclinedError(f"a scale in {label(node)} would store its weight once per evaluation: kept as a vector")
         inputs[1] = values * np.expand_dims(scale, [i for i in range(len(shape)) if i != column])
     if op == "MatMul":
         return Edit("D", inputs, Affine(None, total.shift, total.constants))
     if bias is not None and constant(bias) is None:
-        raise Declined("the layer's bias is not a constant")
+        raise DeclinedError("the layer's bias is not a constant")
     old = constant(bias)
     before = np.zeros(size) if old is None else along(old, 2 if op == "Gemm" else 1, 1 if op == "Gemm" else 0, size)
     if old is not None or shift is not None:
@@ -219,12 +219,12 @@ def _linear(node: ir.Node, total: Affine, may_copy: Callable[[ir.Value], bool]) 
 def _channel_norm(node: ir.Node, total: Affine, opset: int) -> Edit:
     """Rule B: norms with one scale and one bias per channel (axis 1)."""
     if node.op_type == "GroupNormalization" and opset < 21:
-        raise Declined("this GroupNormalization has one scale per group")
+        raise DeclinedError("this GroupNormalization has one scale per group")
     if _attribute(node, "training_mode", 0) or any(output.uses() for output in node.outputs[1:]):
-        raise Declined("the norm gives its statistics away")
+        raise DeclinedError("the norm gives its statistics away")
     old, bias = constant(_input(node, 1)), constant(_input(node, 2))
     if old is None or bias is None:
-        raise Declined("the norm's own scale or bias is not a constant")
+        raise DeclinedError("the norm's own scale or bias is not a constant")
     scale, shift = _vectors(total, _rank(node.inputs[0]), 1, old.size)
     factor = np.ones_like(old) if scale is None else scale
     return Edit("B", {1: old * factor, 2: bias * factor + (0 if shift is None else shift)}, Affine(None, None))
@@ -234,27 +234,27 @@ def _trailing(values: Wide, shape: list[int], rank: int) -> Wide:
     """A constant over the normalised axes ``shape``, from one that broadcasts to the whole input."""
     extra = values.ndim - len(shape)
     if values.ndim > rank:
-        raise Declined("the constant has more axes than the layer's output")
+        raise DeclinedError("the constant has more axes than the layer's output")
     if extra > 0:
         if any(length != 1 for length in values.shape[:extra]):
-            raise Declined("the constant varies along axes that the norm does not normalise")
+            raise DeclinedError("the constant varies along axes that the norm does not normalise")
         values = values.reshape(values.shape[extra:])
     try:
         return np.broadcast_to(values, shape)
     except ValueError:
-        raise Declined("the constant does not fit the norm's own scale") from None
+        raise DeclinedError("the constant does not fit the norm's own scale") from None
 
 
 def _layer_norm(node: ir.Node, total: Affine) -> Edit:
     """Rules C and E: the scale (and for LayerNormalization the bias) spans the normalised axes."""
     if any(output.uses() or output.is_graph_output() for output in node.outputs[1:]):
-        raise Declined("the norm gives its statistics away")
+        raise DeclinedError("the norm gives its statistics away")
     old, bias = constant(_input(node, 1)), _input(node, 2)
     if old is None or (bias is not None and constant(bias) is None):
-        raise Declined("the norm's own scale or bias is not a constant")
+        raise DeclinedError("the norm's own scale or bias is not a constant")
     axis = int(_attribute(node, "axis", -1))
     if (-axis if axis < 0 else _rank(node.inputs[0]) - axis) != old.ndim:
-        raise Declined("the norm's own scale does not span the normalised axes")
+        raise DeclinedError("the norm's own scale does not span the normalised axes")
     shape, rank = list(old.shape), _rank(node.inputs[0])
     factor = np.ones(shape) if total.scale is None else _trailing(total.scale, shape, rank)
     if node.op_type == "RMSNormalization":
@@ -336,13 +336,13 @@ class Absorb(ir.passes.InPlacePass):
             for length, total in reversed(list(self._prefixes(chain))):
                 try:
                     if not single_use(source) or producer.graph is not graph:
-                        raise Declined("another node reads the layer's output too")
+                        raise DeclinedError("another node reads the layer's output too")
                     edit = self._edit(producer, total)
                     if length > edit.rest.nodes:
                         self._apply(graph, producer, chain[:length], edit)
                         return True
                     reason = reason or f"{producer.op_type} has no bias that could take it"
-                except Declined as declined:
+                except DeclinedError as declined:
                     reason = reason or str(declined)
         reason = reason or "the value it acts on comes from no layer that could take it"
         for _, one in chain:
@@ -353,8 +353,8 @@ class Absorb(ir.passes.InPlacePass):
     def _edit(self, producer: ir.Node, total: Affine) -> Edit:
         if producer.op_type in LINEAR:
             if not self.linear:
-                raise Declined("a bias that is looked up at run time costs engines their best convolutions")
-            return _linear(producer, total, lambda weight: self._may_copy(weight))
+                raise DeclinedError("a bias that is looked up at run time costs engines their best convolutions")
+            return _linear(producer, total, self._may_copy)
         if producer.op_type in CHANNEL_NORMS:
             return _channel_norm(producer, total, self._opset)
         return _layer_norm(producer, total)
@@ -367,7 +367,7 @@ class Absorb(ir.passes.InPlacePass):
         for length, (_, one) in enumerate(chain, start=1):
             try:
                 total = one if total is None else total.then(one)
-            except Declined:
+            except DeclinedError:
                 return
             yield length, total
 
