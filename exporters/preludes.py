@@ -137,7 +137,7 @@ class _Join:
                 list(node.attributes.values()),
                 overload=node.overload,
                 num_outputs=len(node.outputs),
-                name=f"{step}/{node.name}",
+                name=f"{step}/{next(value.name for value in node.outputs if value.name)}",  # unique, as node names need not be
             )
             for old, new in zip(node.outputs, copy.outputs, strict=True):
                 new.name = self._name(old.name, step) if old.name != "" else ""

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import onnx_ir as ir
-from onnx_ir.passes import common
+
+from mteo_deploy.exporters.passes.shapes import infer_shapes
 
 _Shape = tuple[int | str, ...]
 
@@ -32,10 +33,10 @@ class BatchGemms(ir.passes.InPlacePass):
         self.declined, modified = [], False
         groups = _groups(model.graph)
         if any(_shape(node.inputs[0]) is None for nodes in groups for node in nodes):
-            common.ShapeInferencePass()(model)
+            infer_shapes(model)
         for nodes in groups:
             for alike in self._by_shape(nodes):
-                for independent in _rounds(alike):
+                for independent in _rounds(model.graph, alike):
                     if len(independent) > 1:
                         _merge(model.graph, independent)
                         modified = True
@@ -100,23 +101,26 @@ def _obstacle(node: ir.Node) -> str | None:
 
 def _bias_obstacle(node: ir.Node, bias: ir.Value, weight: _Shape) -> str | None:
     width = weight[0 if node.attributes.get_int("transB", 0) else 1]
-    if _is_constant(bias) and _shape(bias) in ((width,), (1, width)):
+    shape = _shape(bias)
+    if shape in ((width,), (1, width)):
         return None
-    return f"expected a constant bias of shape [{width}] or [1, {width}], the same for all rows; found {bias.name}"
+    return f"expected a bias of shape [{width}] or [1, {width}], the same for all rows; found {shape}"
 
 
-def _rounds(nodes: list[ir.Node]) -> Iterator[list[ir.Node]]:
+def _rounds(graph: ir.Graph, nodes: list[ir.Node]) -> Iterator[list[ir.Node]]:
     """Sets of nodes that do not depend on one another.
 
-    A generator on purpose: a merge makes new dependencies, so each round looks at the graph as the last one left it.
+    A generator on purpose: a merge makes new dependencies and another order, so each round looks at the graph as the last
+    one left it.
     """
-    while nodes:
+    left = set(nodes)
+    while left:
         chosen: list[ir.Node] = []
-        for node in nodes:  # in the graph's order: only a later one can depend on an earlier
-            if not _depends(node, chosen):
+        for node in graph:  # sorted: only a later node can depend on an earlier
+            if node in left and not _depends(node, chosen):
                 chosen.append(node)
+        left.difference_update(chosen)
         yield chosen
-        nodes = [node for node in nodes if node not in chosen]
 
 
 def _depends(node: ir.Node, others: list[ir.Node]) -> bool:

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 import onnx_ir as ir
-from onnx_ir.passes import common
 
 from mteo_deploy.exporters.passes.binding_time import BindingTime, binding_times
+from mteo_deploy.exporters.passes.shapes import infer_shapes
 
 # Same elements in the same order, an alias in every engine: nothing is saved by doing it early, and values that differ
 # only so can cross as one. Transpose is not here: it moves memory, at each step if it is left there.
@@ -39,9 +39,9 @@ class Hoist(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
         times = binding_times(model, self.request)
-        early = [node for node in graph if node.outputs and times[node.outputs[0]] == BindingTime.REQUEST]
+        early = [node for node in graph if times[node.outputs[0]] == BindingTime.REQUEST]
         if not all(_is_known(value) for node in early for value in node.outputs):
-            common.ShapeInferencePass()(model)  # exporters leave holes, and engines plan memory from the inputs' shapes
+            infer_shapes(model)  # engines plan their memory from the inputs' shapes
         hoisted = _cut(early, times)
         self.sunk = [value.name or "" for node in early if node not in hoisted for value in node.outputs]
         frontier = [value for node in hoisted for value in node.outputs if _crosses(value, hoisted)]
@@ -49,8 +49,9 @@ class Hoist(ir.passes.InPlacePass):
         self.prelude = _prelude(model, frontier, names) if frontier else None
         _replace_by_inputs(graph, dict(zip(frontier, names, strict=True)))
         if hoisted:
+            constant = [node for node in graph if node not in hoisted and times.get(node.outputs[0]) == BindingTime.COMPILE]
             graph.remove(hoisted, safe=True)
-            common.RemoveUnusedNodesPass()(model)
+            _remove_unused_constants(graph, constant)
         unused = _remove_unused_inputs(graph, self.request)
         return ir.passes.PassResult(model, modified=bool(hoisted) or unused)
 
@@ -196,6 +197,20 @@ def _replace_by_inputs(graph: ir.Graph, frontier: dict[ir.Value, str]) -> None:
                 graph.append(node)
                 graph.outputs[i] = result
         value.replace_all_uses_with(entry)
+
+
+def _is_unused(value: ir.Value) -> bool:
+    return not (value.uses() or value.is_graph_input() or value.is_graph_output())
+
+
+def _remove_unused_constants(graph: ir.Graph, nodes: list[ir.Node]) -> None:
+    """Remove constants that only the prelude needs. Other dead code is none of this pass's business."""
+    for node in reversed(nodes):
+        if all(_is_unused(value) for value in node.outputs):
+            graph.remove(node, safe=True)
+    for value in list(graph.initializers.values()):
+        if _is_unused(value):
+            graph.initializers.pop(value.name)
 
 
 def _remove_unused_inputs(graph: ir.Graph, names: Collection[str]) -> bool:
