@@ -99,13 +99,11 @@ def _is_free(node: ir.Node) -> bool:
 
     An Expand repeats what the step's consumer could broadcast, a widening Cast is worth its saved bytes.
     """
-    if node.domain != "":
-        return False
-    if node.op_type == "Cast":
-        before, after = (value.dtype if value is not None else None for value in (node.inputs[0], node.outputs[0]))
-        known = before is not None and after is not None and not before.is_string() and not after.is_string()
-        return known and before.itemsize < after.itemsize
-    return node.op_type in VIEWS or node.op_type == "Expand"
+    if node.op_type == "Cast" and node.inputs[0] is not None:
+        before, after = node.inputs[0].dtype, node.outputs[0].dtype
+        strings = {None, ir.DataType.STRING}  # of no size, or not known
+        return node.domain == "" and not {before, after} & strings and before.itemsize < after.itemsize
+    return node.domain == "" and node.op_type in VIEWS | {"Expand"}
 
 
 def _is_no_larger(node: ir.Node, hoisted: _Nodes, times: dict[ir.Value, BindingTime]) -> bool:
