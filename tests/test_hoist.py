@@ -262,6 +262,7 @@ def test_the_cut_lies_before_what_is_free(output: str, body: str, early: str) ->
     done = hoist(model, ["label"], *[feeds] * (output != HALF))  # on the CPU half is float, rounded here and there
     assert " ".join(ops(done.prelude)) == early
     assert set(done.sunk) <= {node.outputs[0].name for node in model.graph}
+    assert done.prelude is None or not set(done.sunk) & {node.outputs[0].name for node in done.prelude.graph}, "done twice"
 
 
 def test_tensors_of_unknown_rank_stay() -> None:
