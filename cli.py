@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from mteo_deploy import __version__
-from mteo_deploy.errors import MteoError
+from mteo_deploy.errors import InputError, MteoError
 
 PATH = click.Path(path_type=Path)
 
@@ -57,6 +57,13 @@ def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     if not console.is_terminal:
         console = Console(width=120)
     console.print(table)
+
+
+def _integers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"expected {option} as integers, by comma; found {text!r}") from None
 
 
 def _emit(data: Any) -> None:
@@ -144,7 +151,7 @@ def distill(
 @click.option("--embeddings", type=PATH, help="Embedding set made by distill [default: the packaged one].")
 @click.option("--plain", is_flag=True, help="Pretrained embeddings, nothing learned: the plain solver.")
 @click.option("--realisation", "realisations", multiple=True, help="baked, table or fused; repeatable [default: all].")
-@click.option("--passes", default="absorb", show_default=True, help="Optional compiler passes, by comma; '' for none.")
+@click.option("--passes", default="absorb,hoist", show_default=True, help="Optional compiler passes, by comma; '' for none.")
 @click.option("--dump-after", metavar="PASS", help="Leave each step graph after PASS in OUTPUT.after-PASS/.")
 @click.option("-o", "--output", type=PATH, default=Path("bundle"), show_default=True, help="Bundle directory to write.")
 @json_option
@@ -243,10 +250,21 @@ def build(bundle: Path, as_json: bool, quiet: bool, **options: Any) -> None:
 @device_option
 @realisation_option
 @click.option("--tables", type=PATH, help="Another bundle, whose embeddings and steps to use in this one's table engine.")
+@click.option("--class-labels", help="For a backbone with classes: one label, or as many as images, by comma.")
 @json_option
 @quiet_option
 @_verb
-def sample(bundle: Path, num: int, seed: int, batch: int, output: Path, as_json: bool, quiet: bool, **options: Any) -> None:
+def sample(
+    bundle: Path,
+    num: int,
+    seed: int,
+    batch: int,
+    output: Path,
+    class_labels: str | None,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
     """Draw images from a built bundle.
 
     Example:  mteo-deploy sample bundle --num 64 --seed 0 --batch 16 -o grid.png
@@ -258,11 +276,12 @@ def sample(bundle: Path, num: int, seed: int, batch: int, output: Path, as_json:
     from mteo_deploy.sampler import Sampler
 
     images.check_output(output)
+    requests = {} if class_labels is None else {"class_labels": _integers("--class-labels", class_labels)}
     sampler = Sampler.load(bundle, **options)
     clock = time.perf_counter()
     with reporter(quiet or as_json) as report:
         task = report.task("sampling", num)
-        drawn = sampler(num=num, seed=seed, batch=batch, progress=lambda n: report.advance(task, n))
+        drawn = sampler(num=num, seed=seed, batch=batch, progress=lambda n: report.advance(task, n), **requests)
     seconds = time.perf_counter() - clock
     images.save(drawn, output)
     if as_json:

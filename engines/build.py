@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from mteo_deploy.engines import backend, cache
 from mteo_deploy.engines.base import Session
 from mteo_deploy.errors import EngineError, InputError
 from mteo_deploy.progress import reporter
-from mteo_deploy.realisations import NAMES, Loop, open_loop
-from mteo_deploy.sampler import noise_for
+from mteo_deploy.realisations import NAMES, OpenGraph
+from mteo_deploy.sampler import Sampler, noise_for
 
 AUTO = "auto"
 
@@ -71,12 +72,12 @@ def build(
         task = report.task(f"building {engine}", len(names) + 2)
         _check_conditioned(bundle, open_graph)
         report.advance(task, 1, "conditioned")
-        loops = {}
+        samplers = {}
         for name in names:
-            loops[name] = open_loop(name, bundle, open_graph)
-            _check_loop(bundle, loops[name])
+            samplers[name] = Sampler(bundle, open_graph, name)
+            _check_loop(bundle, samplers[name])
             report.advance(task, 1, name)
-        chosen, measured = _choose(bundle, loops, batch, seconds)
+        chosen, measured = _choose(bundle, samplers, batch, seconds)
         report.advance(task, 1, "measuring")
     with whole_directory(directory, replace=cache.RECORD) as temporary:
         record = {
@@ -90,31 +91,35 @@ def build(
     return directory
 
 
-def _check_conditioned(bundle: Bundle, open_graph: Any) -> None:
+def _check_conditioned(bundle: Bundle, open_graph: OpenGraph) -> None:
     """The baseline of every comparison opens and gives finite values."""
     entry = bundle.manifest["conditioned"]
-    state, timestep = np.zeros((1, *bundle.sample_shape), np.float32), np.zeros(1, np.float32)
-    if not all(np.isfinite(output).all() for output in open_graph(entry["graph"]).run({"state": state, "timestep": timestep})):
+    feeds = {"state": np.zeros((1, *bundle.sample_shape), np.float32), "timestep": np.zeros(1, np.float32)}
+    outputs = open_graph(entry["graph"]).run({**feeds, **bundle.reference_requests(1)})
+    if not all(np.isfinite(output).all() for output in outputs):
         raise EngineError(f"{entry['graph']} gives values that are not finite for a zero input; export again")
 
 
-def _check_loop(bundle: Bundle, loop: Loop) -> None:
+def _check_loop(bundle: Bundle, sampler: Sampler) -> None:
     """Every evaluation gives finite values for a zero state."""
-    for i, state in enumerate(loop.states(np.zeros((1, *bundle.sample_shape), np.float32))):
+    states = sampler.states(np.zeros((1, *bundle.sample_shape), np.float32), bundle.reference_requests(1))
+    for i, state in enumerate(states):
         if not np.isfinite(state).all():
-            raise EngineError(f"{loop.name}: evaluation {i} gives values that are not finite for a zero state; export again")
+            raise EngineError(
+                f"{sampler.loop.name}: evaluation {i} gives values that are not finite for a zero state; export again"
+            )
 
 
-def _choose(bundle: Bundle, loops: dict[str, Loop], batch: int, seconds: float) -> tuple[str, dict[str, Any]]:
+def _choose(bundle: Bundle, samplers: dict[str, Sampler], batch: int, seconds: float) -> tuple[str, dict[str, Any]]:
     """The fastest realisation and what was measured: whole loops, each interleaved with the first one's."""
-    first, *others = loops
+    first, *others = samplers
     if not others:
         return first, {}
-    state = noise_for(bundle.sample_shape, 0, range(batch)) * np.float32(bundle.plan.initial_scale)
+    noise, requests = noise_for(bundle.sample_shape, 0, range(batch)), bundle.reference_requests(batch)
 
-    def run(name: str) -> Any:
-        return lambda: loops[name].states(state)
+    def loop(name: str) -> Callable[[], object]:
+        return lambda: samplers[name].states(noise, requests)
 
-    ratios = {name: latency.compare(run(name), run(first), seconds=seconds / len(others)).to_json() for name in others}
-    chosen = min(loops, key=lambda name: ratios[name]["ratio"] if name in ratios else 1.0)
+    ratios = {name: latency.compare(loop(name), loop(first), seconds=seconds / len(others)).to_json() for name in others}
+    chosen = min(samplers, key=lambda name: ratios[name]["ratio"] if name in ratios else 1.0)
     return chosen, {"batch": batch, "against": first, "loops": ratios}

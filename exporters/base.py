@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from mteo_deploy.errors import InputError
+from mteo_deploy.requests import Request
 from mteo_deploy.schedules import NoiseLevels
 
 
@@ -36,12 +37,14 @@ class Adapter(ABC, torch.nn.Module):
         family: the network class this adapter serves, e.g. ``UNet2DModel``.
         sites: in the order the embeddings are passed.
         sample_shape: ``(channels, height, width)``.
+        requests: what is given once per request beside the noise, such as class labels.
     """
 
     family: str
     network: torch.nn.Module
     sites: tuple[Site, ...]
     sample_shape: tuple[int, ...]
+    requests: tuple[Request, ...] = ()
     prediction_type: str
     levels: NoiseLevels
     config: dict[str, Any]
@@ -56,13 +59,20 @@ class Adapter(ABC, torch.nn.Module):
         """The pretrained embedding at continuous timesteps: ``[count]`` -> ``[count, width]``."""
 
     @abstractmethod
-    def forward(self, state: torch.Tensor, *embeddings: torch.Tensor) -> torch.Tensor:
-        """The network's output for a unit-variance state ``[batch, ...]`` and one ``[1, width]`` embedding per site."""
+    def forward(self, state: torch.Tensor, *embeddings: torch.Tensor, **requests: torch.Tensor) -> torch.Tensor:
+        """The network's output for a unit-variance state ``[batch, ...]`` and one ``[1, width]`` embedding per site.
 
-    def at_timestep(self, state: torch.Tensor, timestep: float) -> torch.Tensor:
+        The embeddings are the time's alone: what a request adds to them (a class embedding, pooled text) is added here.
+        """
+
+    def at_timestep(self, state: torch.Tensor, timestep: float, **requests: torch.Tensor) -> torch.Tensor:
         """The network with its own, ordinary time conditioning."""
         embedding = self.embedding(torch.tensor([timestep], dtype=state.dtype))
-        return self(state, *[embedding] * len(self.sites))
+        return self(state, *[embedding] * len(self.sites), **requests)
+
+    def draw_requests(self, count: int, seed: int) -> dict[str, torch.Tensor]:
+        """Random request inputs for ``count`` images, to learn from and to compare with."""
+        return {request.name: torch.from_numpy(request.draw(count, seed)) for request in self.requests}
 
     @property
     def parameter_count(self) -> int:

@@ -25,11 +25,14 @@ from mteo_deploy.exporters.conditioned import conditioned_graph
 from mteo_deploy.exporters.evaluate import evaluate
 from mteo_deploy.exporters.fuse import fuse
 from mteo_deploy.exporters.passes.absorb import Absorb
+from mteo_deploy.exporters.passes.batch_gemms import BatchGemms
 from mteo_deploy.exporters.passes.bind import Bind
 from mteo_deploy.exporters.passes.fold import Fold
+from mteo_deploy.exporters.passes.hoist import Hoist
 from mteo_deploy.exporters.passes.runner import PassReport, Size, run_passes
 from mteo_deploy.exporters.passes.share import Share, WeightFile, content_hash
 from mteo_deploy.exporters.passes.update import Update, keeps
+from mteo_deploy.exporters.preludes import join_preludes, merge_outputs
 from mteo_deploy.exporters.tabulate import tabulate
 from mteo_deploy.exporters.trace import embedding_input, trace_generic, trace_time_embedding
 from mteo_deploy.plan import Plan
@@ -37,9 +40,10 @@ from mteo_deploy.progress import Reporter
 from mteo_deploy.realisations import NAMES
 
 Array = NDArray[np.float32]
-OPTIONAL = ("absorb",)
+OPTIONAL = ("absorb", "hoist")
 """Passes that may be left out; the others make the graph what it is."""
 TABLES = "tables.safetensors"
+HOISTED = "request/"
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,7 @@ class Compiled:
 
     Attributes:
         realisations: the manifest's entries, by name.
+        prelude: the request-time part of all evaluations; None when there is none.
         size: of the network with ordinary time conditioning, as traced.
         sites: what became of each site, per realisation.
     """
@@ -95,13 +100,14 @@ class Compiled:
     realisations: dict[str, Any]
     conditioned: CompiledGraph
     graphs: list[CompiledGraph]
+    prelude: CompiledGraph | None
     size: Size
     sites: list[dict[str, Any]]
 
     def to_json(self) -> dict[str, Any]:
         return {
             "time_conditioned": {"nodes": self.size.nodes, "parameters": self.size.parameters, "bytes": self.size.bytes},
-            "graphs": [graph.to_json() for graph in [*self.graphs, self.conditioned]],
+            "graphs": [g.to_json() for g in [*self.graphs, *([self.prelude] if self.prelude else []), self.conditioned]],
             "sites": self.sites,
         }
 
@@ -127,7 +133,7 @@ def compile_bundle(
     report.advance(task)
     task = report.task("compiling", 2 + len(options.realisations))
     conditioned = conditioned_graph(generic, time_embedding, [site.name for site in adapter.sites])
-    steps = Steps(generic, plan, embeddings, options)
+    steps = Steps(generic, plan, embeddings, options, [request.name for request in adapter.requests])
     report.advance(task, 1, "splitting")
     weights = WeightFile(directory / "graphs" / "weights.bin")
     everything, size = _weights(conditioned), Size.of(conditioned)
@@ -144,7 +150,7 @@ def compile_bundle(
         realisations["table"] = graphs[-1].entry
         report.advance(task, 1, "table")
     if "fused" in options.realisations:
-        graphs.append(write(fuse(steps.baked), [], "fused.onnx"))
+        graphs.append(write(fuse([steps.from_prelude(i, model) for i, model in enumerate(steps.baked)]), [], "fused.onnx"))
         realisations["fused"] = graphs[-1].entry
         report.advance(task, 1, "fused")
     if "baked" in options.realisations:
@@ -153,13 +159,14 @@ def compile_bundle(
             for i, (model, passes) in enumerate(zip(steps.baked, steps.baked_passes, strict=True))
         ]
         graphs += baked
-        realisations["baked"] = [graph.entry for graph in baked]
+        realisations["baked"] = [{**graph.entry, "requests": steps.sources(i, graph.entry)} for i, graph in enumerate(baked)]
         report.advance(task, 1, "baked")
+    prelude = write(steps.prelude, steps.prelude_passes, "prelude.onnx") if steps.prelude else None
     only_here = WeightFile(directory / "graphs" / "conditioned.bin", parent=weights)
     written = write(conditioned, run_passes(conditioned, [Fold()]), "conditioned.onnx", only_here)
     report.advance(task, 1, "conditioned")
     ordered = {name: realisations[name] for name in NAMES if name in realisations}
-    return Compiled(ordered, written, graphs, size, steps.site_report())
+    return Compiled(ordered, written, graphs, prelude, size, steps.site_report())
 
 
 def _write_table(steps: Steps, directory: Path, write: Callable[..., CompiledGraph]) -> CompiledGraph:
@@ -168,30 +175,85 @@ def _write_table(steps: Steps, directory: Path, write: Callable[..., CompiledGra
     graph = write(model, steps.alike_passes[0], "table.onnx")
     save_file({"table": table}, directory / TABLES)
     (directory / TABLES).chmod(0o644)  # safetensors writes for the owner only
-    return CompiledGraph({**graph.entry, "table": TABLES, "content": content}, graph.passes, graph.removed)
+    requests = [steps.sources(i, graph.entry) for i in range(len(table))]
+    entry = {**graph.entry, "table": TABLES, "content": content, "requests": requests}
+    return CompiledGraph(entry, graph.passes, graph.removed)
 
 
 class Steps:
-    """The step graphs of a plan, made when first asked for: ``baked``, and ``alike``, which differ in constants only."""
+    """The step graphs of a plan, made when first asked for: ``baked``, and ``alike``, which differ in constants only.
+
+    Attributes:
+        prelude: the request-time part of all of them, ``requests -> step_<ii>/request/<layer> ...``; None when none.
+    """
 
     def __init__(
-        self, generic: ir.Model, plan: Plan, embeddings: Callable[[int], Mapping[str, Array]], options: Options
+        self,
+        generic: ir.Model,
+        plan: Plan,
+        embeddings: Callable[[int], Mapping[str, Array]],
+        options: Options,
+        requests: Sequence[str] = (),
     ) -> None:
         self.template, self.plan, self.options = generic, plan, options
         run_passes(generic, [Fold()])
-        names = [value.name or "" for value in generic.graph.inputs[1:]]
-        self.time_part = split_time_part(generic, names)
+        names = [value.name or "" for value in generic.graph.inputs[1:] if value.name not in requests]
+        self.embeddings, self.time_part = names, split_time_part(generic, names)
+        self.hoisted: dict[str, str] = {}
         self.values = [self._evaluate(embeddings(i)) for i in range(len(plan.evaluations))]
+        self.prelude: ir.Model | None = None
+        self.prelude_passes: list[PassReport] = []
+        self._renamed: dict[str, str] = {}
+        if requests and "hoist" in options.passes:
+            self._hoist(requests)
         self.fates: dict[str, dict[str, str]] = {}
         self._made: dict[bool, tuple[list[ir.Model], list[list[PassReport]]]] = {}
+
+    def _hoist(self, requests: Sequence[str]) -> None:
+        """Cut the prelude off the template, once; bind it to each evaluation and join what comes out."""
+        known = [value.name or "" for value in self.template.graph.inputs if value.name in {*requests, *self.values[0]}]
+        hoist = Hoist(known)
+        run_passes(self.template, [hoist])
+        if hoist.prelude is None:
+            return
+        meets = ", ".join(requests)
+        taken = {value.name or "" for value in hoist.prelude.graph.inputs} & set(self.values[0])
+        self.hoisted = dict.fromkeys(taken, f"hoisted: meets {meets} before its layer")
+        bound = []
+        for values in self.values:
+            part = hoist.prelude.clone()
+            Bind(values)(part)
+            bound.append(part)
+        self.prelude = join_preludes(bound)
+        self._renamed = merge_outputs(self.prelude)
+        self.prelude_passes = run_passes(self.prelude, [BatchGemms()])
+
+    def sources(self, index: int, entry: Mapping[str, Any]) -> dict[str, str]:
+        """Which output of the prelude each of a step graph's inputs takes at evaluation ``index``."""
+        inputs = [name for name in entry["inputs"] if name.startswith(HOISTED)]
+        outputs = {name: f"step_{index:02}/{name}" for name in inputs}
+        return {name: self._renamed.get(output, output) for name, output in outputs.items()}
+
+    def from_prelude(self, index: int, model: ir.Model) -> ir.Model:
+        """The step graph with its hoisted inputs named as the prelude names them."""
+        if self.prelude is None:
+            return model
+        model = model.clone()
+        sources = self.sources(index, {"inputs": [value.name for value in model.graph.inputs]})
+        for value in model.graph.inputs:
+            value.name = sources.get(value.name or "", value.name)
+        return model
 
     def _evaluate(self, embeddings: Mapping[str, Array]) -> dict[str, Array]:
         """What the network takes in of one evaluation's embeddings: input of the template -> constant."""
         feeds = {embedding_input(site): value for site, value in embeddings.items()}
-        outputs = evaluate(self.time_part, feeds, reference=True)
-        assert outputs is not None  # the reference evaluator takes every model
-        names = [value.name or "" for value in self.time_part.graph.outputs]
-        return dict(zip(names, outputs, strict=True))
+        taken = {value.name for value in self.template.graph.inputs}
+        values = {name: value for name, value in feeds.items() if name in taken}
+        if self.time_part is not None:
+            outputs = evaluate(self.time_part, feeds, reference=True)
+            assert outputs is not None  # the reference evaluator takes every model
+            values |= {value.name or "": o for value, o in zip(self.time_part.graph.outputs, outputs, strict=True)}
+        return values
 
     @property
     def baked(self) -> list[ir.Model]:
@@ -231,12 +293,17 @@ class Steps:
             self.fates["table" if alike else "baked"] = found
         return model, reports
 
-    def _feeds(self, model: ir.Model) -> dict[str, Array]:
-        """Random values for the state and for any history, batch 2, beside this evaluation's constants."""
-        shape = [d if isinstance(d, int) else 2 for d in model.graph.inputs[0].shape or ()]
-        normal, lags = np.random.default_rng(0).standard_normal, range(1, self.plan.history + 1)
-        names = ["state", *(f"history_{lag}" for lag in lags)]
-        return self.values[0] | {name: normal(shape, dtype=np.float32) for name in names}
+    def _feeds(self, model: ir.Model) -> dict[str, NDArray[Any]]:
+        """Random values for state, requests and history, batch 2, beside the first evaluation's constants."""
+        generator, feeds = np.random.default_rng(0), dict(self.values[0])
+        for value in model.graph.inputs:
+            shape = [d if isinstance(d, int) else 2 for d in value.shape or ()]
+            floats = value.dtype == ir.DataType.FLOAT
+            feeds.setdefault(
+                value.name or "", generator.standard_normal(shape, np.float32) if floats else np.zeros(shape, np.int64)
+            )
+        history = {f"history_{lag}": feeds["state"][::-1].copy() for lag in range(1, self.plan.history + 1)}
+        return feeds | history
 
     def _dump(self, index: int, alike: bool) -> Callable[[str, ir.Model], object] | None:
         target, after = self.options.dump, self.options.dump_after
@@ -255,37 +322,40 @@ class Steps:
 
     def site_report(self) -> list[dict[str, Any]]:
         """Per site: the constants it became, and where each of them is, per realisation."""
-        by_site = sites_of(self.time_part)
-        return [
-            {
-                "site": site,
-                "constants": {
-                    name: {kind: fates.get(name, "stays an operand") for kind, fates in self.fates.items()} for name in names
-                },
+        taken = set(self.values[0])
+        report = []
+        for site, names in sites_of(self.time_part, self.embeddings).items():
+            places = {
+                name: {kind: self.hoisted.get(name, fates.get(name, "stays an operand")) for kind, fates in self.fates.items()}
+                for name in names
+                if name in taken
             }
-            for site, names in by_site.items()
-        ]
+            report.append({"site": site, "constants": places})
+        return report
 
 
-def split_time_part(generic: ir.Model, names: Sequence[str]) -> ir.Model:
+def split_time_part(generic: ir.Model, names: Sequence[str]) -> ir.Model | None:
     """Take out of ``generic``, in place, what depends on the inputs ``names`` and constants alone.
 
     Returns:
-        the time part: ``names -> constants``; ``generic`` takes its outputs instead of ``names``.
+        the time part: ``names -> constants``; ``generic`` takes its outputs, and those of ``names`` that meet something
+        else at once, instead of ``names``. None when all of them do.
     """
     graph = generic.graph
-    inputs = [value for value in graph.inputs if value.name in names]
+    inputs = {value: None for value in graph.inputs if value.name in names}
     frontier = _frontier(graph, set(inputs))
-    time_part = ir.Model(ir.convenience.extract(graph, inputs, frontier), ir_version=generic.ir_version)
-    for value in frontier:
+    computed = [value for value in frontier if value not in inputs]
+    cut = ir.convenience.extract(graph, list(inputs), computed) if computed else None
+    for value in computed:
         taken = ir.Value(name=value.name, type=value.type, shape=value.shape)
         value.replace_all_uses_with(taken)
         value.name = f"{value.name}/before"
         graph.inputs.append(taken)
-    for value in inputs:
-        graph.inputs.remove(value)
     common.RemoveUnusedNodesPass()(generic)
-    return time_part
+    for value in inputs:
+        if value not in frontier:
+            graph.inputs.remove(value)
+    return None if cut is None else ir.Model(cut, ir_version=generic.ir_version)
 
 
 def _frontier(graph: ir.Graph, early: set[ir.Value]) -> list[ir.Value]:
@@ -300,16 +370,17 @@ def _frontier(graph: ir.Graph, early: set[ir.Value]) -> list[ir.Value]:
     return list(crossing)
 
 
-def sites_of(time_part: ir.Model) -> dict[str, list[str]]:
-    """Site -> the outputs of the time part that depend on it."""
+def sites_of(time_part: ir.Model | None, embeddings: Collection[str]) -> dict[str, list[str]]:
+    """Site -> the constants that depend on it: outputs of the time part, or the embedding itself."""
+    reach: dict[str, set[str]] = {name: {name} for name in embeddings}
+    outputs = set(embeddings)
+    if time_part is not None:
+        for node in time_part.graph:
+            found = set().union(*(reach.get(v.name or "", set()) for v in node.inputs if v is not None))
+            reach |= {output.name or "": found for output in node.outputs}
+        outputs |= {value.name or "" for value in time_part.graph.outputs}
     prefix = embedding_input("")
-    reach: dict[str, set[str]] = {value.name or "": {value.name or ""} for value in time_part.graph.inputs}
-    for node in time_part.graph:
-        found = set().union(*(reach.get(v.name or "", set()) for v in node.inputs if v is not None))
-        reach |= {output.name or "": found for output in node.outputs}
-    outputs = [value.name or "" for value in time_part.graph.outputs]
-    sites = [value.name or "" for value in time_part.graph.inputs]
-    return {site.removeprefix(prefix): [name for name in outputs if site in reach[name]] for site in sites}
+    return {name.removeprefix(prefix): [o for o in reach if o in outputs and name in reach[o]] for name in embeddings}
 
 
 def _entry(model: ir.Model, graph: str) -> dict[str, Any]:

@@ -48,17 +48,20 @@ def _reference(adapter: Adapter, embeddings: EmbeddingSet, path: Path) -> None:
     """Store noise and the torch sampler's states, for verification without torch."""
     noise = torch.from_numpy(noise_for(adapter.sample_shape, REFERENCE_SEED, range(REFERENCE_COUNT)))
     plan, kept = embeddings.plan, []
+    requests = adapter.draw_requests(REFERENCE_COUNT, REFERENCE_SEED)
 
     def network(i: int, state: torch.Tensor) -> torch.Tensor:
         values = _embeddings_at(adapter, embeddings, i)
-        output = adapter(state, *[torch.from_numpy(values[site.name]) for site in adapter.sites])
+        output = adapter(state, *[torch.from_numpy(values[site.name]) for site in adapter.sites], **requests)
         row = plan.evaluations[i]
         kept.append(row.keep_output * output + row.keep_state * state)
         return output
 
     states = run(plan, noise, network)
     path.parent.mkdir()
-    save_file({"noise": noise.numpy(), "states": torch.stack(list(states)).numpy(), "kept": torch.stack(kept).numpy()}, path)
+    found = {"noise": noise, "states": torch.stack(list(states)), "kept": torch.stack(kept)}
+    found |= {f"request/{name}": values for name, values in requests.items()}
+    save_file({name: values.numpy() for name, values in found.items()}, path)
     path.chmod(0o644)  # safetensors writes for the owner only
 
 
@@ -97,6 +100,8 @@ def _manifest(adapter: Adapter, embeddings: EmbeddingSet, compiled: Compiled, so
         "batch": "dynamic",
         "realisations": compiled.realisations,
         "conditioned": compiled.conditioned.entry,
+        "requests": [request.to_json() for request in adapter.requests],
+        "prelude": compiled.prelude.entry if compiled.prelude else None,
         "reference": {
             "file": "reference/reference.safetensors",
             "seed": REFERENCE_SEED,

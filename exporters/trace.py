@@ -36,8 +36,9 @@ class _Generic(torch.nn.Module):
         super().__init__()
         self.adapter = adapter
 
-    def forward(self, state: torch.Tensor, embeddings: list[torch.Tensor]) -> torch.Tensor:
-        return self.adapter(state, *embeddings)
+    def forward(self, state: torch.Tensor, embeddings: list[torch.Tensor], requests: list[torch.Tensor]) -> torch.Tensor:
+        names = [request.name for request in self.adapter.requests]
+        return self.adapter(state, *embeddings, **dict(zip(names, requests, strict=True)))
 
 
 def _export(module: torch.nn.Module, args: tuple[Any, ...], inputs: list[str], output: str, dynamic: Any) -> ir.Model:
@@ -69,12 +70,14 @@ def embedding_input(site: str) -> str:
 
 
 def trace_generic(adapter: Adapter) -> ir.Model:
-    """The generic graph: ``(state [batch, ...], emb/<site> [1, width] ...) -> output [batch, ...]``."""
+    """The generic graph: ``(state [batch, ...], emb/<site> [1, width] ..., <request> [batch, ...] ...) -> output``."""
     state = torch.zeros(2, *adapter.sample_shape)
     embeddings = [torch.zeros(1, site.width) for site in adapter.sites]
-    names = ["state", *(embedding_input(site.name) for site in adapter.sites)]
-    batch = torch.export.Dim("batch", min=1, max=4096)
-    return _export(_Generic(adapter), (state, embeddings), names, "output", ({0: batch}, [None] * len(embeddings)))
+    requests = list(adapter.draw_requests(2, 0).values())
+    names = ["state", *(embedding_input(site.name) for site in adapter.sites), *(r.name for r in adapter.requests)]
+    batch = {0: torch.export.Dim("batch", min=1, max=4096)}
+    dynamic = (batch, [None] * len(embeddings), [batch] * len(requests))
+    return _export(_Generic(adapter), (state, embeddings, requests), names, "output", dynamic)
 
 
 def trace_time_embedding(adapter: Adapter) -> ir.Model:

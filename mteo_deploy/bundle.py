@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from mteo_deploy.errors import BundleError, InputError
 from mteo_deploy.plan import Plan
+from mteo_deploy.requests import Request
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -147,7 +148,20 @@ class Bundle:
     def graphs(self) -> list[dict[str, Any]]:
         """Every graph: ``graph`` (file), ``inputs`` and ``outputs`` (tensor names, in order)."""
         entries = [entry for one in self.realisations.values() for entry in (one if isinstance(one, list) else [one])]
-        return [*entries, self.manifest["conditioned"]]
+        prelude = self.manifest.get("prelude")
+        return [*entries, self.manifest["conditioned"], *([prelude] if prelude else [])]
+
+    @cached_property
+    def requests(self) -> tuple[Request, ...]:
+        """What is given once per request, beside the noise."""
+        return tuple(Request.from_json(data) for data in self.manifest.get("requests", []))
+
+    def reference_requests(self, count: int) -> dict[str, NDArray[Any]]:
+        """Request inputs for ``count`` images: those of the stored reference, over and over."""
+        if not self.requests:
+            return {}
+        stored = self._arrays(self.manifest["reference"]["file"], "reference")
+        return {r.name: np.resize(stored[f"request/{r.name}"], (count, *r.shape)) for r in self.requests}
 
     @property
     def tables(self) -> list[str]:

@@ -45,11 +45,12 @@ def evaluation_checks(sampler: Sampler, tolerance: float) -> list[Check]:
         return []
     reference, plan = sampler.bundle.reference(), sampler.bundle.plan
     states, kept = reference["states"], reference["kept"]
+    request = sampler.prepare(sampler.bundle.reference_requests(len(reference["noise"])))
     first = reference["noise"] * np.float32(plan.initial_scale)
     checks = []
     for i in range(len(plan.evaluations)):
         history = [kept[j] for j in range(i - 1, -1, -1)]
-        next_state, kept_now = sampler.step(i, first if i == 0 else states[i - 1], history)
+        next_state, kept_now = sampler.step(i, first if i == 0 else states[i - 1], history, request)
         errors = [relative_error(next_state, states[i])]
         if kept_now is not None:
             errors.append(relative_error(kept_now, kept[i]))
@@ -61,7 +62,7 @@ def evaluation_checks(sampler: Sampler, tolerance: float) -> list[Check]:
 def trajectory_check(sampler: Sampler, tolerance: float) -> Check:
     """Free-running: the whole loop from the stored noise; names the first and the worst evaluation over the tolerance."""
     reference = sampler.bundle.reference()
-    found = sampler.states(reference["noise"])
+    found = sampler.states(reference["noise"], sampler.bundle.reference_requests(len(reference["noise"])))
     errors = [relative_error(state, expected) for state, expected in zip(found, reference["states"], strict=True)]
     over = [i for i, error in enumerate(errors) if not error <= tolerance]
     worst = int(np.argmax(errors))
@@ -73,10 +74,11 @@ def trajectory_check(sampler: Sampler, tolerance: float) -> Check:
 
 def canaries(sampler: Sampler, batch: int = 4) -> list[Check]:
     """Faults that a table of latencies does not show."""
-    images = sampler(num=batch, seed=11, batch=batch)
-    others = sampler(num=batch, seed=12, batch=batch)
-    again = sampler(num=batch, seed=11, batch=batch)
-    single = sampler(num=batch, seed=11, batch=1)
+    requests = sampler.bundle.reference_requests(batch)
+    images = sampler(num=batch, seed=11, batch=batch, **requests)
+    others = sampler(num=batch, seed=12, batch=batch, **requests)
+    again = sampler(num=batch, seed=11, batch=batch, **requests)
+    single = sampler(num=batch, seed=11, batch=1, **requests)
     with np.errstate(invalid="ignore", over="ignore"):  # infinite images fail below, by name
         spread = float(images.std(axis=(1, 2, 3)).min())
     bad = int((~np.isfinite(images)).sum())

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from mteo_deploy.bundle import Bundle
 from mteo_deploy.engines.base import Session
 from mteo_deploy.errors import EngineError
+from mteo_deploy.requests import Arrays
 
 Array = NDArray[np.float32]
 OpenGraph = Callable[[str], Session]
@@ -27,10 +28,14 @@ class Loop(Protocol):
 
     name: str
 
-    def states(self, state: Array) -> list[Array]:
-        """The state after each evaluation, from the first state; the last one is the image."""
+    def states(self, state: Array, request: Arrays) -> list[Array]:
+        """The state after each evaluation, from the first state; the last one is the image.
 
-    def calls(self, state: Array) -> None:
+        Args:
+            request: request inputs and the prelude's outputs, by name.
+        """
+
+    def calls(self, state: Array, request: Arrays) -> None:
         """The engine calls of one loop and nothing else, all on the same state: what the loop costs at least."""
 
 
@@ -42,25 +47,25 @@ class Stepwise:
     def __init__(self, evaluations: int, history: int) -> None:
         self.evaluations, self.history = evaluations, history
 
-    def step(self, index: int, state: Array, history: Sequence[Array]) -> tuple[Array, Array | None]:
+    def step(self, index: int, state: Array, history: Sequence[Array], request: Arrays) -> tuple[Array, Array | None]:
         """Evaluation ``index``: ``(next state, kept quantity or None)``; ``history`` is newest first."""
         raise NotImplementedError
 
-    def states(self, state: Array) -> list[Array]:
+    def states(self, state: Array, request: Arrays) -> list[Array]:
         history: list[Array] = []
         states = []
         for i in range(self.evaluations):
-            state, kept = self.step(i, state, history)
+            state, kept = self.step(i, state, history, request)
             if kept is not None:
                 history.insert(0, kept)
                 del history[self.history :]
             states.append(state)
         return states
 
-    def calls(self, state: Array) -> None:
+    def calls(self, state: Array, request: Arrays) -> None:
         history = [state] * self.history
         for i in range(self.evaluations):
-            self.step(i, state, history)
+            self.step(i, state, history, request)
 
 
 class Baked(Stepwise):
@@ -73,9 +78,12 @@ class Baked(Stepwise):
         super().__init__(len(entries), bundle.plan.history)
         self.sessions = [open_graph(entry["graph"]) for entry in entries]
         self._lags = [_lags(entry) for entry in entries]
+        self._sources = [_sources(bundle, entry, entry.get("requests", {})) for entry in entries]
 
-    def step(self, index: int, state: Array, history: Sequence[Array]) -> tuple[Array, Array | None]:
-        feeds = {"state": state, **{name: history[lag - 1] for name, lag in self._lags[index].items()}}
+    def step(self, index: int, state: Array, history: Sequence[Array], request: Arrays) -> tuple[Array, Array | None]:
+        feeds: dict[str, NDArray[Any]] = {"state": state}
+        feeds |= {name: history[lag - 1] for name, lag in self._lags[index].items()}
+        feeds |= {name: request[source] for name, source in self._sources[index].items()}
         next_state, *kept = self.sessions[index].run(feeds)
         return next_state, kept[0] if kept else None
 
@@ -106,11 +114,14 @@ class Table(Stepwise):
         self._lags = _lags(entry)
         self._rows = [np.array(i, dtype=np.int64) for i in range(self.evaluations)]
         self._names = [name for name in entry["inputs"] if name in ("evaluation", "table")]
+        requests = theirs.get("requests", [])
+        self._sources = [_sources(bundle, entry, requests[i] if requests else {}) for i in range(self.evaluations)]
 
-    def step(self, index: int, state: Array, history: Sequence[Array]) -> tuple[Array, Array | None]:
+    def step(self, index: int, state: Array, history: Sequence[Array], request: Arrays) -> tuple[Array, Array | None]:
         feeds: dict[str, NDArray[Any]] = {"state": state}
         for name, lag in self._lags.items():  # a factor of zero meets what is not there yet
             feeds[name] = history[lag - 1] if lag <= len(history) else np.zeros_like(state)
+        feeds |= {name: request[source] for name, source in self._sources[index].items()}
         if self._names:
             feeds |= {"evaluation": self._rows[index], "table": self._table}
         next_state, *kept = self._session.run(feeds)
@@ -123,18 +134,26 @@ class Fused:
     name = "fused"
 
     def __init__(self, bundle: Bundle, open_graph: OpenGraph) -> None:
-        self._session = open_graph(bundle.realisations[self.name]["graph"])
+        entry = bundle.realisations[self.name]
+        self._session = open_graph(entry["graph"])
+        self._requests = [name for name in entry["inputs"] if name != "state"]
 
-    def states(self, state: Array) -> list[Array]:
-        return self._session.run({"state": state})
+    def states(self, state: Array, request: Arrays) -> list[Array]:
+        return self._session.run({"state": state, **{name: request[name] for name in self._requests}})
 
-    def calls(self, state: Array) -> None:
-        self._session.run({"state": state})
+    def calls(self, state: Array, request: Arrays) -> None:
+        self.states(state, request)
 
 
 def _lags(entry: dict[str, Any]) -> dict[str, int]:
     """History inputs of a graph: name -> how many evaluations back."""
     return {name: int(name.removeprefix(PREFIX)) for name in entry["inputs"] if name.startswith(PREFIX)}
+
+
+def _sources(bundle: Bundle, entry: dict[str, Any], hoisted: dict[str, str]) -> dict[str, str]:
+    """What each of a graph's request-time inputs takes: an output of the prelude, or the request input itself."""
+    names = {request.name for request in bundle.requests}
+    return {name: name for name in entry["inputs"] if name in names} | hoisted
 
 
 NAMES = ("baked", "table", "fused")

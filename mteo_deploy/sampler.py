@@ -6,8 +6,9 @@ it was made with.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from mteo_deploy.engines.base import Session
 from mteo_deploy.errors import EngineError, InputError
 from mteo_deploy.plan import Plan, run
 from mteo_deploy.realisations import OpenGraph, Stepwise, open_loop
+from mteo_deploy.requests import Arrays, take_all
 
 Array = NDArray[np.float32]
 
@@ -47,6 +49,8 @@ class Sampler:
         self.plan = (tables or bundle).plan
         self.open_graph = open_graph
         self.loop = open_loop(realisation, bundle, open_graph, tables)
+        prelude = bundle.manifest.get("prelude")
+        self._prelude = open_graph(prelude["graph"]) if prelude else None
         self._conditioned: Session | None = None
 
     @classmethod
@@ -89,47 +93,78 @@ class Sampler:
         """The plan of the reference trajectory, to be run on the backbone with ordinary time conditioning."""
         return Plan.from_json(self.bundle.manifest["reference"]["plan"])
 
-    def states(self, noise: Array) -> list[Array]:
+    def states(self, noise: Array, requests: Arrays | None = None) -> list[Array]:
         """Run the loop from standard normal noise: the state after each evaluation; the last one is the image."""
-        return self.loop.states(noise * np.float32(self.plan.initial_scale))
+        return self.loop.states(noise * np.float32(self.plan.initial_scale), self.prepare(requests or {}))
 
-    def step(self, index: int, state: Array, history: Sequence[Array]) -> tuple[Array, Array | None]:
+    def prepare(self, requests: Arrays) -> dict[str, NDArray[Any]]:
+        """Run the prelude: request inputs and what depends on them alone, by name. Once per request, for all evaluations."""
+        if self._prelude is None:
+            return dict(requests)
+        entry = self.bundle.manifest["prelude"]
+        outputs = self._prelude.run({name: requests[name] for name in entry["inputs"]})
+        return {**requests, **dict(zip(entry["outputs"], outputs, strict=True))}
+
+    def step(
+        self, index: int, state: Array, history: Sequence[Array], request: Arrays | None = None
+    ) -> tuple[Array, Array | None]:
         """Evaluation ``index`` alone: ``(next state, kept quantity or None)``; ``history`` is newest first.
+
+        Args:
+            request: what :meth:`prepare` made.
 
         Raises:
             EngineError: in the realisation ``fused``, which has no single evaluations.
         """
         if not isinstance(self.loop, Stepwise):
             raise EngineError("expected a realisation with single evaluations; fused has none; use baked or table")
-        return self.loop.step(index, state, history)
+        return self.loop.step(index, state, history, request or {})
 
-    def __call__(self, num: int = 1, seed: int = 0, batch: int = 16, progress: Callable[[int], None] | None = None) -> Array:
-        """Sample ``num`` images; image ``i`` depends on ``(seed, i)`` only.
+    def __call__(
+        self,
+        num: int = 1,
+        seed: int = 0,
+        batch: int = 16,
+        progress: Callable[[int], None] | None = None,
+        **requests: Any,
+    ) -> Array:
+        """Sample ``num`` images; image ``i`` depends on ``(seed, i)`` and its own request inputs only.
 
         Args:
             batch: images per engine call.
             progress: called with the number of images finished.
+            requests: what the backbone wants beside the noise, e.g. ``class_labels=[3]``: one value, or one per image.
 
         Returns:
             float32 ``[num, channels, height, width]``, nominally in [-1, 1].
 
         Raises:
-            InputError: for a count, seed or batch out of range.
+            InputError: for a count, seed, batch or request input out of range.
         """
-        return self._batches(num, seed, batch, lambda noise: self.states(noise)[-1], progress)
+        return self._batches(num, seed, batch, lambda noise, given: self.states(noise, given)[-1], progress, requests)
 
     def conditioned(
-        self, plan: Plan, num: int = 1, seed: int = 0, batch: int = 16, progress: Callable[[int], None] | None = None
+        self,
+        plan: Plan,
+        num: int = 1,
+        seed: int = 0,
+        batch: int = 16,
+        progress: Callable[[int], None] | None = None,
+        **requests: Any,
     ) -> Array:
         """Sample with any plan on the same backbone with ordinary time conditioning, same noise, same engine."""
-        return self._batches(num, seed, batch, lambda noise: self.conditioned_states(plan, noise)[-1], progress)
 
-    def conditioned_states(self, plan: Plan, noise: Array) -> Sequence[Array]:
-        session = self.conditioned_session
+        def images(noise: Array, given: Arrays) -> Array:
+            return self.conditioned_states(plan, noise, given)[-1]
+
+        return self._batches(num, seed, batch, images, progress, requests)
+
+    def conditioned_states(self, plan: Plan, noise: Array, requests: Arrays | None = None) -> Sequence[Array]:
+        session, given = self.conditioned_session, requests or {}
 
         def network(i: int, state: Array) -> Array:
             timestep = np.array([plan.evaluations[i].timestep], dtype=np.float32)
-            return session.run({"state": state, "timestep": timestep})[0]
+            return session.run({"state": state, "timestep": timestep, **given})[0]
 
         return run(plan, noise, network)
 
@@ -140,14 +175,22 @@ class Sampler:
         return self._conditioned
 
     def _batches(
-        self, num: int, seed: int, batch: int, images_from: Callable[[Array], Array], progress: Callable[[int], None] | None
+        self,
+        num: int,
+        seed: int,
+        batch: int,
+        images_from: Callable[[Array, Arrays], Array],
+        progress: Callable[[int], None] | None,
+        requests: Mapping[str, Any],
     ) -> Array:
         if num < 1 or batch < 1:
             raise InputError(f"expected --num and --batch of 1 or more; found {num} and {batch}")
+        given = take_all(self.bundle.requests, requests, num)
         chunks = []
         for start in range(0, num, batch):
             indices = range(start, min(start + batch, num))
-            chunks.append(images_from(noise_for(self.bundle.sample_shape, seed, indices)))
+            part = {name: values[start : indices.stop] for name, values in given.items()}
+            chunks.append(images_from(noise_for(self.bundle.sample_shape, seed, indices), part))
             if progress:
                 progress(len(indices))
         return np.concatenate(chunks)

@@ -74,21 +74,22 @@ def measure(sampler: Sampler, batch: int, seconds: float) -> dict[str, Any]:
     plan = sampler.plan
     noise = noise_for(sampler.bundle.sample_shape, 0, range(batch))
     state = noise * np.float32(plan.initial_scale)
-    session = sampler.conditioned_session
+    session, given = sampler.conditioned_session, sampler.bundle.reference_requests(batch)
+    request = sampler.prepare(given)
     timesteps = [np.array([e.timestep], dtype=np.float32) for e in plan.evaluations]
 
     def calls() -> None:
-        sampler.loop.calls(state)
+        sampler.loop.calls(state, request)
 
     def conditioned() -> None:
         for timestep in timesteps:
-            session.run({"state": state, "timestep": timestep})
+            session.run({"state": state, "timestep": timestep, **given})
 
     step = latency.compare(calls, conditioned, seconds=seconds / 3)
     sample = latency.compare(
-        lambda: sampler.states(noise), lambda: sampler.conditioned_states(plan, noise), seconds=seconds / 3
+        lambda: sampler.states(noise, given), lambda: sampler.conditioned_states(plan, noise, given), seconds=seconds / 3
     )
-    loop = latency.compare(lambda: sampler.states(noise), calls, seconds=seconds / 3)
+    loop = latency.compare(lambda: sampler.states(noise, given), calls, seconds=seconds / 3)
     ratios = {"step": step.to_json(), "sample": sample.to_json(), "loop": loop.to_json()}
     return {"batch": batch, "realisation": sampler.loop.name, "evaluations": len(plan.evaluations), **ratios}
 

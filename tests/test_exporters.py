@@ -84,14 +84,6 @@ def test_fingerprint_sees_one_weight(tiny_model: Path, tiny_adapter: Adapter, tm
     assert same.fingerprint() == tiny_adapter.fingerprint() != other.fingerprint()
 
 
-def test_class_conditional_network_is_refused(tiny_model: Path, tmp_path: Path) -> None:
-    def classes(network: UNet2DModel) -> UNet2DModel:
-        return UNet2DModel.from_config({**network.config, "num_class_embeds": 10})
-
-    with pytest.raises(InputError, match="unconditional UNet2DModel"):
-        load_backbone(resaved(tiny_model, tmp_path / "classes", classes))
-
-
 def test_missing_weights(tiny_model: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(tiny_model, tmp_path / "copy"))
     (copy / "unet" / "diffusion_pytorch_model.safetensors").rename(copy / "unet" / "diffusion_pytorch_model.bin")

@@ -73,10 +73,10 @@ class Student(torch.nn.Module):
             self.base = adapter.embedding(timesteps)
         self.delta = torch.nn.Parameter(torch.zeros(len(plan.evaluations), len(adapter.sites), self.base.shape[-1]))
 
-    def forward(self, noise: torch.Tensor) -> list[torch.Tensor]:
+    def forward(self, noise: torch.Tensor, requests: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         def network(i: int, state: torch.Tensor) -> torch.Tensor:
             rows = (self.base[i] + self.delta[i]).unsqueeze(1)
-            return self.adapter[0](state, *rows.unbind()).float()
+            return self.adapter[0](state, *rows.unbind(), **requests).float()
 
         return list(run(self.plan, noise, network))
 
@@ -117,10 +117,10 @@ def _train(student: Student, data: Trajectories, recipe: Recipe, path: Path, key
     task = report.task("learning", recipe.iterations, start)
     for iteration in range(start, recipe.iterations):
         generator = torch.Generator().manual_seed(recipe.seed + iteration)
-        rows = torch.randint(data.noise.shape[0], (recipe.batch,), generator=generator)
+        drawn = data.take(torch.randint(data.noise.shape[0], (recipe.batch,), generator=generator))
         with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
-            states = student(data.noise[rows])
-        loss = _delta_loss(states, data.states[:, rows], student.plan, recipe.intermediate)
+            states = student(drawn.noise, drawn.requests)
+        loss = _delta_loss(states, drawn.states, student.plan, recipe.intermediate)
         if not torch.isfinite(loss):
             raise InputError(f"the loss is {loss.item()} at iteration {iteration}; lower --lr (now {recipe.lr})")
         optimizer.zero_grad(set_to_none=True)
@@ -139,10 +139,10 @@ def _train(student: Student, data: Trajectories, recipe: Recipe, path: Path, key
 @torch.no_grad()
 def _error(student: Student, data: Trajectories, batch: int) -> float:
     """Mean squared error of the image against the reference trajectory's, over held-out noise."""
-    errors = [
-        (student(data.noise[i : i + batch])[-1] - data.states[-1, i : i + batch]).square().mean(dim=(1, 2, 3))
-        for i in range(0, data.noise.shape[0], batch)
-    ]
+    errors = []
+    for i in range(0, data.noise.shape[0], batch):
+        part = data.take(slice(i, i + batch))
+        errors.append((student(part.noise, part.requests)[-1] - part.states[-1]).square().mean(dim=(1, 2, 3)))
     return float(torch.cat(errors).mean())
 
 
@@ -194,10 +194,7 @@ def distill(
             progress=lambda n: report.advance(task, n),
         )
         reference_seconds = time.monotonic() - clock
-        train, test = (
-            Trajectories(everything.noise[rows], everything.states[:, rows])
-            for rows in (slice(held_out, None), slice(held_out))
-        )
+        train, test = everything.take(slice(held_out, None)), everything.take(slice(held_out))
         student = Student(adapter, plan)
         before = _error(student, test, recipe.batch)
         seconds = _train(student, train, recipe, checkpoint, key, report)

@@ -14,10 +14,20 @@ from mteo_deploy.sampler import noise_for
 
 @dataclass(frozen=True)
 class Trajectories:
-    """Noise ``[count, ...]`` and the reference states at each time point, ``[steps, count, ...]``, at unit variance."""
+    """Noise ``[count, ...]`` and the reference states at each time point, ``[steps, count, ...]``, at unit variance.
+
+    Attributes:
+        requests: request inputs, ``[count, ...]`` each.
+    """
 
     noise: torch.Tensor
     states: torch.Tensor
+    requests: dict[str, torch.Tensor]
+
+    def take(self, rows: torch.Tensor | slice) -> Trajectories:
+        """Some of the trajectories."""
+        requests = {name: values[rows] for name, values in self.requests.items()}
+        return Trajectories(self.noise[rows], self.states[:, rows], requests)
 
 
 @torch.no_grad()
@@ -31,15 +41,16 @@ def reference_trajectories(
     """
     fine = reference_plan(plan, adapter.levels, substeps)
     embeddings = adapter.embedding(torch.tensor([e.timestep for e in fine.evaluations], dtype=torch.float32))
-    noise = torch.from_numpy(noise_for(adapter.sample_shape, seed, range(count)))
+    noise, requests = torch.from_numpy(noise_for(adapter.sample_shape, seed, range(count))), adapter.draw_requests(count, seed)
     at = [i for i, e in enumerate(fine.evaluations) if e.time_point is not None and e.time_point % substeps == 0]
     chunks = []
     for start in range(0, count, batch):
-        states = run(
-            fine,
-            noise[start : start + batch],
-            lambda i, y: adapter(y, *[embeddings[i : i + 1]] * len(adapter.sites)),
-        )
+        given = {name: values[start : start + batch] for name, values in requests.items()}
+
+        def network(i: int, state: torch.Tensor, given: dict[str, torch.Tensor] = given) -> torch.Tensor:
+            return adapter(state, *[embeddings[i : i + 1]] * len(adapter.sites), **given)
+
+        states = run(fine, noise[start : start + batch], network)
         chunks.append(torch.stack([states[i] for i in at]))
         progress(chunks[-1].shape[1])
-    return Trajectories(noise, torch.cat(chunks, dim=1))
+    return Trajectories(noise, torch.cat(chunks, dim=1), requests)

@@ -1,0 +1,86 @@
+"""Request inputs: what is given once per request, beside the noise, such as a class label."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mteo_deploy.errors import BundleError, InputError
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request input of a backbone.
+
+    Attributes:
+        name: as the network calls it, e.g. ``class_labels``.
+        dtype: numpy name of its element type.
+        shape: of one image's value; the graph's input is ``[batch, *shape]``.
+        high: for integers, one more than the largest value.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...] = ()
+    high: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Any) -> Request:
+        """Inverse of :meth:`to_json`.
+
+        Raises:
+            BundleError: when a field is missing or of another type.
+        """
+        try:
+            high = None if data["high"] is None else int(data["high"])
+            return cls(str(data["name"]), str(np.dtype(data["dtype"])), tuple(int(d) for d in data["shape"]), high)
+        except (KeyError, TypeError, ValueError) as error:
+            raise BundleError(f"expected a request input with name, dtype, shape and high ({error!r}); export again") from None
+
+    def draw(self, count: int, seed: int) -> NDArray[Any]:
+        """Random values ``[count, *shape]``: integers below ``high``, else standard normal."""
+        generator = np.random.default_rng([seed, *self.name.encode()])
+        if self.high is not None:
+            return generator.integers(self.high, size=(count, *self.shape)).astype(self.dtype)
+        return generator.standard_normal((count, *self.shape)).astype(self.dtype)
+
+    def take(self, values: Any, count: int) -> NDArray[Any]:
+        """``values``, one for all images or one for each, as ``[count, *shape]``.
+
+        Raises:
+            InputError: for another number of values, another shape, or an integer out of range.
+        """
+        found = np.asarray(values)
+        found = found.reshape(1, *found.shape) if found.shape == self.shape else found
+        if found.shape[1:] != self.shape or len(found) not in (1, count):
+            wanted = f"1 or {count} values" + (f" of shape {list(self.shape)}" if self.shape else "")
+            raise InputError(f"expected {wanted} for {self.name}; found shape {list(found.shape)}")
+        integers = self.high is not None
+        if integers and (found.dtype.kind not in "iu" or found.min() < 0 or found.max() >= (self.high or 0)):
+            raise InputError(f"expected {self.name} as integers in [0, {self.high}); found {np.unique(found)[:8].tolist()}")
+        return np.ascontiguousarray(np.broadcast_to(found, (count, *self.shape)).astype(self.dtype))
+
+
+def take_all(requests: Sequence[Request], given: Mapping[str, Any], count: int) -> dict[str, NDArray[Any]]:
+    """Every request input's values for ``count`` images.
+
+    Raises:
+        InputError: when one is missing, unknown, or does not fit.
+    """
+    names = [request.name for request in requests]
+    unknown = sorted(set(given) - set(names))
+    missing = [name for name in names if given.get(name) is None]
+    if unknown or missing:
+        takes = ", ".join(names) or "no request inputs"
+        wrong = ", ".join([*(f"{name} missing" for name in missing), *(f"{name} too many" for name in unknown)])
+        raise InputError(f"expected a value for each of: {takes}; found {wrong}")
+    return {request.name: request.take(given[request.name], count) for request in requests}

@@ -1,0 +1,194 @@
+"""Request inputs: a class-conditional backbone from diffusers to images, with a prelude that runs once per request."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from click.testing import CliRunner
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from helpers import altered, relative
+
+from mteo_deploy import plan as plans
+from mteo_deploy.bundle import Bundle
+from mteo_deploy.cli import main
+from mteo_deploy.distillation import Recipe, distill
+from mteo_deploy.engines.build import build
+from mteo_deploy.errors import BundleError, InputError
+from mteo_deploy.exporters.base import Adapter, load_backbone
+from mteo_deploy.exporters.export import export, pretrained_set
+from mteo_deploy.realisations import NAMES
+from mteo_deploy.requests import Request, take_all
+from mteo_deploy.sampler import Sampler, noise_for
+from mteo_deploy.verification import verify
+
+LABELS = Request("class_labels", "int64", high=10)
+
+
+@pytest.fixture(scope="module")
+def class_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pipeline directory of a small UNet2DModel with ten classes and random weights."""
+    path = tmp_path_factory.mktemp("classes") / "pipeline"
+    torch.manual_seed(0)
+    network = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=16,
+        norm_num_groups=8,
+        num_class_embeds=10,
+    )
+    DDPMPipeline(unet=network, scheduler=DDPMScheduler()).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def class_adapter(class_model: Path) -> Adapter:
+    return load_backbone(class_model)
+
+
+@pytest.fixture(scope="module")
+def class_bundle(class_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built bundle of the plain iPNDM 2 solver, 3 steps."""
+    path = tmp_path_factory.mktemp("bundles") / "classes"
+    build(
+        export(path, model=class_model, steps=3, solver="ipndm-2", plain=True, quiet=True), threads=1, seconds=0.1, quiet=True
+    )
+    return path
+
+
+def test_adapter_is_the_model(class_model: Path, class_adapter: Adapter) -> None:
+    """With its own time embedding at every site the hooked network is the network."""
+    network = UNet2DModel.from_pretrained(class_model / "unet", use_safetensors=True)
+    state, labels = torch.randn(3, 1, 8, 8), torch.tensor([1, 7, 0])
+    with torch.no_grad():
+        expected = network(state, torch.tensor(300.0), class_labels=labels).sample
+        found = class_adapter.at_timestep(state, 300.0, class_labels=labels)
+        other = class_adapter.at_timestep(state, 300.0, class_labels=labels.flip(0))
+    torch.testing.assert_close(found, expected)
+    assert relative(other.numpy(), expected.numpy()) > 1e-3
+    assert class_adapter.requests == (LABELS,)
+
+
+@pytest.mark.parametrize("realisation", NAMES)
+def test_states_equal_torch(realisation: str, class_bundle: Path, class_adapter: Adapter) -> None:
+    plan = pretrained_set(class_adapter, 3, "ipndm-2").plan
+    noise, labels = noise_for((1, 8, 8), 4, range(5)), np.array([3, 1, 4, 1, 5])
+
+    def network(i: int, state: torch.Tensor) -> torch.Tensor:
+        return class_adapter.at_timestep(state, plan.evaluations[i].timestep, class_labels=torch.from_numpy(labels))
+
+    with torch.no_grad():
+        expected = plans.run(plan, torch.from_numpy(noise), network)
+    sampler = Sampler.load(class_bundle, realisation=realisation)
+    found = sampler.states(noise, {"class_labels": labels})
+    assert max(relative(a, b.numpy()) for a, b in zip(found, expected, strict=True)) < 1e-4
+    conditioned = sampler.conditioned_states(plan, noise, {"class_labels": labels})
+    assert relative(np.asarray(conditioned[-1]), expected[-1].numpy()) < 1e-4
+
+
+@pytest.mark.parametrize("realisation", NAMES)
+def test_verify(realisation: str, class_bundle: Path) -> None:
+    report = verify(class_bundle, realisation=realisation, seconds=0.1, quiet=True)
+    assert report.passed, [check for check in report.checks if not check.passed]
+
+
+def test_prelude_holds_the_projections_once(class_bundle: Path, class_adapter: Adapter) -> None:
+    """One product per site for all evaluations together; the step graphs take neither labels nor projections."""
+    bundle = Bundle.open(class_bundle)
+    prelude = onnx.load(str(bundle.file(bundle.manifest["prelude"]["graph"])), load_external_data=False)
+    assert sum(node.op_type in ("Gemm", "MatMul") for node in prelude.graph.node) == len(class_adapter.sites)
+    assert bundle.manifest["prelude"]["inputs"] == ["class_labels"]
+    assert len(bundle.manifest["prelude"]["outputs"]) == 3 * len(class_adapter.sites)
+    for entry in [*bundle.step_graphs, bundle.realisations["table"], bundle.realisations["fused"]]:
+        assert "class_labels" not in entry["inputs"]
+        graph = onnx.load(str(bundle.file(entry["graph"])), load_external_data=False).graph
+        assert not [tensor.name for tensor in graph.initializer if "time_emb_proj" in tensor.name or "class_emb" in tensor.name]
+    onnx.checker.check_model(str(bundle.file(bundle.manifest["prelude"]["graph"])), full_check=True)
+    sites = bundle.manifest["compiler"]["sites"]
+    details = {text for site in sites for where in site["constants"].values() for text in where.values()}
+    assert details == {"hoisted: meets class_labels before its layer"}
+
+
+def test_without_hoist_the_graphs_take_the_labels(class_model: Path, class_bundle: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"steps": 3, "solver": "ipndm-2", "plain": True, "quiet": True}
+    bundle = export(tmp_path / "b", model=class_model, passes=["absorb"], **options)
+    assert bundle.manifest["prelude"] is None
+    build(bundle, threads=1, seconds=0.1, quiet=True)
+    for realisation in NAMES:
+        images = [Sampler.load(p, realisation=realisation)(num=3, seed=2, class_labels=5) for p in (bundle.path, class_bundle)]
+        assert relative(images[0], images[1]) < 1e-4
+
+
+def test_labels_matter_and_belong_to_their_image(class_bundle: Path) -> None:
+    sampler = Sampler.load(class_bundle)
+    one, other = sampler(num=3, seed=1, class_labels=2), sampler(num=3, seed=1, class_labels=[3])
+    assert relative(one, other) > 1e-3
+    mixed = sampler(num=3, seed=1, batch=2, class_labels=[2, 3, 2])
+    np.testing.assert_allclose(mixed, np.stack([one[0], other[1], one[2]]), rtol=0, atol=1e-4)
+
+
+def test_distill_lowers_the_error(class_model: Path, tmp_path: Path) -> None:
+    recipe = Recipe(trajectories=16, iterations=8, batch=16, substeps=2, lr=0.02)
+    found = distill(class_model, tmp_path / "e.safetensors", steps=2, recipe=recipe, quiet=True)
+    assert found.training["error_after"] < found.training["error_before"]
+    bundle = export(tmp_path / "b", model=class_model, embeddings=found, quiet=True)
+    build(bundle, threads=1, seconds=0.1, quiet=True)
+    assert verify(bundle.path, seconds=0, quiet=True).passed
+
+
+def test_command_line(class_bundle: Path, tmp_path: Path) -> None:
+    def call(*labels: str) -> Any:
+        arguments = ["sample", str(class_bundle), "--num", "4", "-o", str(tmp_path / "x.npz"), "-q", *labels]
+        return CliRunner().invoke(main, arguments)
+
+    assert call("--class-labels", "0,1,2,3").exit_code == 0
+    for labels, message in [
+        ([], "class_labels missing"),
+        (["--class-labels", "10"], "integers in [0, 10); found [10]"),
+        (["--class-labels", "1,2"], "expected 1 or 4 values for class_labels"),
+        (["--class-labels", "cat"], "expected --class-labels as integers"),
+    ]:
+        result = call(*labels)
+        assert result.exit_code == 2 and message in result.stderr, result.stderr
+
+
+def test_values_are_taken_or_refused() -> None:
+    np.testing.assert_array_equal(LABELS.take(3, 2), [3, 3])
+    np.testing.assert_array_equal(LABELS.take([3, 4], 2), [3, 4])
+    assert LABELS.take([3], 2).dtype == np.int64
+    vector = Request("pooled", "float32", (4,))
+    assert vector.take(np.ones(4), 3).shape == (3, 4)
+    for wrong in ([1, 2, 3], [0.5], [-1], [[1, 2]]):
+        with pytest.raises(InputError):
+            LABELS.take(wrong, 2)
+    with pytest.raises(InputError, match=r"takes|each of: class_labels; found guidance too many"):
+        take_all([LABELS], {"class_labels": 1, "guidance": 2}, 1)
+    with pytest.raises(InputError, match="no request inputs; found class_labels too many"):
+        take_all([], {"class_labels": 1}, 1)
+
+
+def test_broken_manifest_entry(class_bundle: Path, tmp_path: Path) -> None:
+    path = altered(class_bundle, tmp_path / "b", lambda manifest: manifest["requests"][0].pop("dtype"))
+    with pytest.raises(BundleError, match="expected a request input with name, dtype"):
+        build(path, threads=1, quiet=True)
+
+
+def test_other_class_embeddings_are_refused(class_model: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = Path(shutil.copytree(class_model, tmp_path / "copy"))
+    config = json.loads((copy / "unet" / "config.json").read_text())
+    network = UNet2DModel.from_config({**config, "num_class_embeds": None, "class_embed_type": "identity"})
+    network.save_pretrained(copy / "unet")
+    with pytest.raises(InputError, match="found class_embed_type 'identity'"):
+        load_backbone(copy)
