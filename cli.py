@@ -151,13 +151,16 @@ def distill(
 @click.option("--embeddings", type=PATH, help="Embedding set made by distill [default: the packaged one].")
 @click.option("--plain", is_flag=True, help="Pretrained embeddings, nothing learned: the plain solver.")
 @click.option("--realisation", "realisations", multiple=True, help="baked, table or fused; repeatable [default: all].")
+@click.option("--batch", default="dynamic", show_default=True, help="Batch size of the graphs: a number, or dynamic.")
 @click.option("--passes", default="absorb,hoist", show_default=True, help="Optional compiler passes, by comma; '' for none.")
 @click.option("--dump-after", metavar="PASS", help="Leave each step graph after PASS in OUTPUT.after-PASS/.")
 @click.option("-o", "--output", type=PATH, default=Path("bundle"), show_default=True, help="Bundle directory to write.")
 @json_option
 @quiet_option
 @_verb
-def export(as_json: bool, quiet: bool, output: Path, realisations: tuple[str, ...], passes: str, **options: Any) -> None:
+def export(
+    as_json: bool, quiet: bool, output: Path, realisations: tuple[str, ...], passes: str, batch: str, **options: Any
+) -> None:
     """Bake an embedding set into one ONNX graph per evaluation: a bundle.
 
     Example:  mteo-deploy export --steps 4 -o bundle
@@ -165,6 +168,7 @@ def export(as_json: bool, quiet: bool, output: Path, realisations: tuple[str, ..
     from mteo_deploy.exporters.export import export as run
 
     options |= {"realisations": realisations} if realisations else {}
+    options["batch"] = None if batch == "dynamic" else _integers("--batch", batch)[0]
     bundle = run(output, passes=[name for name in passes.split(",") if name], quiet=quiet or as_json, **options)
     compiler = bundle.manifest["compiler"]
     if as_json:

@@ -16,7 +16,7 @@ from mteo_deploy.engines import backend, cache
 from mteo_deploy.engines.base import Session
 from mteo_deploy.errors import EngineError, InputError
 from mteo_deploy.progress import reporter
-from mteo_deploy.realisations import NAMES, OpenGraph
+from mteo_deploy.realisations import NAMES
 from mteo_deploy.sampler import Sampler, noise_for
 
 AUTO = "auto"
@@ -70,13 +70,13 @@ def build(
 
     with reporter(quiet) as report:
         task = report.task(f"building {engine}", len(names) + 2)
-        _check_conditioned(bundle, open_graph)
-        report.advance(task, 1, "conditioned")
         samplers = {}
         for name in names:
             samplers[name] = Sampler(bundle, open_graph, name)
             _check_loop(bundle, samplers[name])
             report.advance(task, 1, name)
+        _check_conditioned(bundle, samplers[names[0]])
+        report.advance(task, 1, "conditioned")
         chosen, measured = _choose(bundle, samplers, batch, seconds)
         report.advance(task, 1, "measuring")
     with whole_directory(directory, replace=cache.RECORD) as temporary:
@@ -91,11 +91,11 @@ def build(
     return directory
 
 
-def _check_conditioned(bundle: Bundle, open_graph: OpenGraph) -> None:
+def _check_conditioned(bundle: Bundle, sampler: Sampler) -> None:
     """The baseline of every comparison opens and gives finite values."""
     entry = bundle.manifest["conditioned"]
     feeds = {"state": np.zeros((1, *bundle.sample_shape), np.float32), "timestep": np.zeros(1, np.float32)}
-    outputs = open_graph(entry["graph"]).run({**feeds, **bundle.reference_requests(1)})
+    outputs = sampler.conditioned_session.run({**feeds, **bundle.reference_requests(1)})
     if not all(np.isfinite(output).all() for output in outputs):
         raise EngineError(f"{entry['graph']} gives values that are not finite for a zero input; export again")
 

@@ -27,6 +27,7 @@ from mteo_deploy.exporters.fuse import fuse
 from mteo_deploy.exporters.passes.absorb import Absorb
 from mteo_deploy.exporters.passes.batch_gemms import BatchGemms
 from mteo_deploy.exporters.passes.bind import Bind
+from mteo_deploy.exporters.passes.fix_batch import FixBatch
 from mteo_deploy.exporters.passes.fold import Fold
 from mteo_deploy.exporters.passes.hoist import Hoist
 from mteo_deploy.exporters.passes.runner import PassReport, Size, run_passes
@@ -53,11 +54,13 @@ class Options:
     Attributes:
         realisations: which to write.
         passes: optional passes to run.
+        batch: the only batch size of every graph; None leaves it open.
         dump_after: a pass after which each step graph is written to ``dump``.
     """
 
     realisations: Sequence[str] = NAMES
     passes: Collection[str] = OPTIONAL
+    batch: int | None = None
     dump_after: str | None = None
     dump: Path | None = None
 
@@ -70,6 +73,8 @@ class Options:
             for name in found:
                 if name not in known:
                     raise InputError(f"expected {what} out of {', '.join(known)}; found {name!r}")
+        if self.batch is not None and self.batch < 1:
+            raise InputError(f"expected --batch of 1 or more, or dynamic; found {self.batch}")
         if not self.realisations:
             raise InputError(f"expected at least one --realisation out of {', '.join(NAMES)}; found none")
 
@@ -95,6 +100,7 @@ class Compiled:
         prelude: the request-time part of all evaluations; None when there is none.
         size: of the network with ordinary time conditioning, as traced.
         sites: what became of each site, per realisation.
+        batch: the batch size of every graph, or "dynamic".
     """
 
     realisations: dict[str, Any]
@@ -103,6 +109,7 @@ class Compiled:
     prelude: CompiledGraph | None
     size: Size
     sites: list[dict[str, Any]]
+    batch: int | str
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -128,6 +135,8 @@ def compile_bundle(
     (directory / "graphs").mkdir()
     task = report.task("tracing", 2)
     generic = trace_generic(adapter)
+    if options.batch is not None:
+        run_passes(generic, [FixBatch(options.batch)])
     report.advance(task)
     time_embedding = trace_time_embedding(adapter)
     report.advance(task)
@@ -166,7 +175,7 @@ def compile_bundle(
     written = write(conditioned, run_passes(conditioned, [Fold()]), "conditioned.onnx", only_here)
     report.advance(task, 1, "conditioned")
     ordered = {name: realisations[name] for name in NAMES if name in realisations}
-    return Compiled(ordered, written, graphs, prelude, size, steps.site_report())
+    return Compiled(ordered, written, graphs, prelude, size, steps.site_report(), options.batch or "dynamic")
 
 
 def _write_table(steps: Steps, directory: Path, write: Callable[..., CompiledGraph]) -> CompiledGraph:
@@ -226,7 +235,7 @@ class Steps:
             bound.append(part)
         self.prelude = join_preludes(bound)
         self._renamed = merge_outputs(self.prelude)
-        self.prelude_passes = run_passes(self.prelude, [BatchGemms()])
+        self.prelude_passes = run_passes(self.prelude, [BatchGemms()], random_feeds(self.prelude))
 
     def sources(self, index: int, entry: Mapping[str, Any]) -> dict[str, str]:
         """Which output of the prelude each of a step graph's inputs takes at evaluation ``index``."""
@@ -295,13 +304,7 @@ class Steps:
 
     def _feeds(self, model: ir.Model) -> dict[str, NDArray[Any]]:
         """Random values for state, requests and history, batch 2, beside the first evaluation's constants."""
-        generator, feeds = np.random.default_rng(0), dict(self.values[0])
-        for value in model.graph.inputs:
-            shape = [d if isinstance(d, int) else 2 for d in value.shape or ()]
-            floats = value.dtype == ir.DataType.FLOAT
-            feeds.setdefault(
-                value.name or "", generator.standard_normal(shape, np.float32) if floats else np.zeros(shape, np.int64)
-            )
+        feeds = random_feeds(model) | self.values[0]
         history = {f"history_{lag}": feeds["state"][::-1].copy() for lag in range(1, self.plan.history + 1)}
         return feeds | history
 
@@ -332,6 +335,16 @@ class Steps:
             }
             report.append({"site": site, "constants": places})
         return report
+
+
+def random_feeds(model: ir.Model) -> dict[str, NDArray[Any]]:
+    """A value for every input: standard normal floats, integers of zero; 2 for each open dimension."""
+    generator, feeds = np.random.default_rng(0), {}
+    for value in model.graph.inputs:
+        shape = [d if isinstance(d, int) else 2 for d in value.shape or ()]
+        floats = value.dtype == ir.DataType.FLOAT
+        feeds[value.name or ""] = generator.standard_normal(shape, np.float32) if floats else np.zeros(shape, np.int64)
+    return feeds
 
 
 def split_time_part(generic: ir.Model, names: Sequence[str]) -> ir.Model | None:

@@ -97,7 +97,7 @@ def _manifest(adapter: Adapter, embeddings: EmbeddingSet, compiled: Compiled, so
         },
         "plan": plan.to_json(),
         "precision": "float32",
-        "batch": "dynamic",
+        "batch": compiled.batch,
         "realisations": compiled.realisations,
         "conditioned": compiled.conditioned.entry,
         "requests": [request.to_json() for request in adapter.requests],
@@ -162,6 +162,7 @@ def export(
     plain: bool = False,
     realisations: Sequence[str] = NAMES,
     passes: Sequence[str] = OPTIONAL,
+    batch: int | None = None,
     dump_after: str | None = None,
     quiet: bool = False,
 ) -> Bundle:
@@ -176,6 +177,7 @@ def export(
         plain: use the pretrained embeddings unchanged (the plain solver).
         realisations: which to write, of ``baked``, ``table`` and ``fused``; they share their weights.
         passes: optional compiler passes to run.
+        batch: the only batch size of every graph, for engines that plan better when they know it; None leaves it open.
         dump_after: a pass after which to leave each step graph, whole, in ``<output>.after-<pass>/``.
 
     Returns:
@@ -186,7 +188,7 @@ def export(
     """
     output = Path(output)
     dump = output.with_name(f"{output.name}.after-{dump_after}") if dump_after else None
-    options = Options(realisations, passes, dump_after, dump)
+    options = Options(realisations, passes, batch, dump_after, dump)
     if steps is not None and steps < 1:
         raise InputError(f"expected --steps of 1 or more; found {steps}")
     model = None if model is None else Path(model)

@@ -17,7 +17,7 @@ from mteo_deploy.bundle import Bundle
 from mteo_deploy.engines.base import Session
 from mteo_deploy.errors import EngineError, InputError
 from mteo_deploy.plan import Plan, run
-from mteo_deploy.realisations import OpenGraph, Stepwise, open_loop
+from mteo_deploy.realisations import FixedBatch, OpenGraph, Stepwise, open_loop
 from mteo_deploy.requests import Arrays, take_all
 
 Array = NDArray[np.float32]
@@ -47,6 +47,13 @@ class Sampler:
     def __init__(self, bundle: Bundle, open_graph: OpenGraph, realisation: str = "baked", tables: Bundle | None = None) -> None:
         self.bundle = bundle
         self.plan = (tables or bundle).plan
+        batch = bundle.manifest["batch"]
+        if batch != "dynamic":
+            fixed = open_graph
+
+            def open_graph(graph: str) -> Session:
+                return FixedBatch(fixed(graph), batch)
+
         self.open_graph = open_graph
         self.loop = open_loop(realisation, bundle, open_graph, tables)
         prelude = bundle.manifest.get("prelude")

@@ -191,3 +191,29 @@ def test_site_report(tiny_bundle: Path, tiny_adapter: Adapter) -> None:
         for where in site["constants"].values():
             assert where["baked"] == f"rule A: in {site['site']}.conv1 (Conv)"
             assert "looked up at run time" in where["table"]
+
+
+# --- batch -----------------------------------------------------------------------------------------------------------
+
+
+def test_fixed_batch_is_the_same_sampler(tiny_model: Path, tiny_embeddings: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    """Graphs for batch 4 give the images of the open ones for any number of images; no shape is computed in them."""
+    bundle = export(tmp_path / "b", model=tiny_model, embeddings=tiny_embeddings, batch=4, quiet=True)
+    build(bundle, threads=1, seconds=0.1, quiet=True)
+    sampler = Sampler.load(tiny_bundle)
+    for realisation in NAMES:
+        fixed = Sampler.load(bundle.path, realisation=realisation)
+        for num in (1, 4, 6):
+            np.testing.assert_allclose(fixed(num=num, seed=3), sampler(num=num, seed=3), rtol=0, atol=1e-4)
+        assert verify(bundle.path, realisation=realisation, seconds=0, quiet=True).passed
+    for entry in bundle.graphs:
+        graph = onnx.load(str(bundle.file(entry["graph"])), load_external_data=False).graph
+        assert not [node for node in graph.node if node.op_type == "Shape"], entry["graph"]
+        assert graph.input[0].type.tensor_type.shape.dim[0].dim_value == 4
+    sites = bundle.manifest["compiler"]["sites"]
+    assert all(where["baked"].startswith("rule A") for site in sites for where in site["constants"].values())
+
+
+def test_batch_below_one(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--batch of 1 or more"):
+        export(tmp_path / "b", model=tiny_model, steps=1, plain=True, batch=0, quiet=True)
