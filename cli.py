@@ -330,15 +330,37 @@ def verify(bundle: Path, output: Path | None, as_json: bool, quiet: bool, **opti
     sys.exit(0 if report.passed else 1)
 
 
+def _show_diff(found: list[dict[str, Any]]) -> None:
+    for graph in found:
+        before, after = graph["total"]
+        rows = [[op, str(a), str(b), f"{b - a:+}"] for op, (a, b) in graph["operators"].items()]
+        _table(f"{graph['graph']}: {before} -> {after} nodes", ["operator", "before", "after", ""], rows)
+        for what in ("nodes", "constants"):
+            for change, names in graph[what].items():
+                if names:
+                    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+                    click.echo(f"{what} {change}: {', '.join(names[:8])}{more}")
+        click.echo("")
+
+
 @main.command()
 @click.argument("path", type=PATH)
+@click.option("--diff", "other", type=PATH, help="Compare PATH with this: ONNX files, bundles, or --dump-after directories.")
 @json_option
 @_verb
-def inspect(path: Path, as_json: bool) -> None:
-    """Explain a bundle or an embedding set.
+def inspect(path: Path, other: Path | None, as_json: bool) -> None:
+    """Explain a bundle or an embedding set, or what differs between two graphs.
 
+    \b
     Example:  mteo-deploy inspect bundle
+              mteo-deploy inspect bundle.after-update --diff bundle.after-absorb
     """
+    if other is not None:
+        from mteo_deploy.exporters.diff import diff
+
+        changes = diff(path, other)
+        _emit(changes) if as_json else _show_diff(changes)
+        return
     from mteo_deploy.inspection import inspect as run
 
     found = run(path)

@@ -9,13 +9,16 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from click.testing import CliRunner
 from helpers import relative, torch_states
 
 from mteo_deploy.bundle import Bundle
+from mteo_deploy.cli import main
 from mteo_deploy.embeddings import EmbeddingSet
 from mteo_deploy.engines.build import build
 from mteo_deploy.errors import EngineError, InputError
 from mteo_deploy.exporters.base import Adapter
+from mteo_deploy.exporters.diff import diff
 from mteo_deploy.exporters.export import export, pretrained_set
 from mteo_deploy.exporters.fuse import fuse
 from mteo_deploy.exporters.tabulate import tabulate
@@ -176,6 +179,15 @@ def test_without_absorb_and_with_dumps(tiny_model: Path, tmp_path: Path, tiny_ad
     dumped = tmp_path / "b.after-update"
     assert sorted(p.name for p in dumped.glob("*.onnx")) == ["step_00.onnx", "step_01.onnx"]
     onnx.checker.check_model(str(dumped / "step_00.onnx"), full_check=True)
+    changes = {one["graph"]: one for one in diff(dumped, tmp_path / "a")}
+    assert list(changes) == ["step_00.onnx", "step_01.onnx"]
+    absorbed = changes["step_00.onnx"]
+    assert set(absorbed["operators"]) == {"Add", "Mul"}
+    biases = {f"{site.name}.conv1.bias" for site in tiny_adapter.sites}
+    assert biases <= set(absorbed["constants"]["changed"])
+    assert len(absorbed["constants"]["removed"]) >= len(biases) and not absorbed["constants"]["added"]
+    text = CliRunner().invoke(main, ["inspect", str(dumped), "--diff", str(tmp_path / "a")])
+    assert text.exit_code == 0 and "constants changed:" in text.stdout, text.output
     noise = noise_for((1, 8, 8), 5, range(2))
     images = []
     for bundle in (plain, debug):
@@ -217,3 +229,16 @@ def test_fixed_batch_is_the_same_sampler(tiny_model: Path, tiny_embeddings: Path
 def test_batch_below_one(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--batch of 1 or more"):
         export(tmp_path / "b", model=tiny_model, steps=1, plain=True, batch=0, quiet=True)
+
+
+def test_diff_of_what_is_no_graph(tiny_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.onnx").write_text("no graph")
+    graph = tiny_bundle / "graphs" / "step_00.onnx"
+    for other, message in [
+        (tmp_path / "x.onnx", "cannot be read"),
+        (tmp_path / "nothing", "expected two ONNX files or two directories"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            diff(graph, other)
+    with pytest.raises(InputError, match="graphs of the same names"):
+        diff(tiny_bundle, tmp_path)
