@@ -1,4 +1,4 @@
-"""Baked against ordinary time conditioning, in one run, interleaved, by batch size: medians, ratios, 95 % intervals.
+"""Each realisation against ordinary time conditioning, interleaved, by batch size: medians, ratios, 95 % intervals.
 
 Prints a table, then one JSON line. Sessions are opened as ``build`` and ``sample`` open them, with worker threads that stop
 spinning when a run ends; else they would take the cores from the other side of an interleaved comparison.
@@ -21,6 +21,7 @@ from rich.table import Table
 
 from mteo_deploy.bundle import Bundle
 from mteo_deploy.engines import backend
+from mteo_deploy.realisations import NAMES
 from mteo_deploy.sampler import Sampler
 from mteo_deploy.verification import measure
 
@@ -29,18 +30,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--seconds", type=float, default=30.0, help="per batch size")
+    parser.add_argument("--seconds", type=float, default=30.0, help="per batch size and realisation")
+    parser.add_argument("--realisation", nargs="+", default=list(NAMES), choices=NAMES)
     parser.add_argument("--threads", type=int, help="threads inside an operator")
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
     bundle, engine = Bundle.open(args.bundle), backend("onnxruntime")
     options = {"threads": args.threads} if args.threads else {}
-    sampler = Sampler(bundle, lambda graph: engine.open(bundle, graph, "cpu", options))
-    results = [measure(sampler, batch, args.seconds) for batch in args.batch]
-    table = Table("batch", "compared", "A p50 ms", "B p50 ms", "A/B", "95 % interval", "pairs")
+    samplers = [Sampler(bundle, lambda graph: engine.open(bundle, graph, "cpu", options), r) for r in args.realisation]
+    results = [measure(sampler, batch, args.seconds) for batch in args.batch for sampler in samplers]
+    table = Table("batch", "realisation", "compared", "A p50 ms", "B p50 ms", "A/B", "95 % interval", "pairs")
     names = {
-        "step": "engine calls, baked / conditioned",
-        "sample": "sampling, baked / conditioned",
+        "step": "engine calls / conditioned",
+        "sample": "sampling / conditioned",
         "loop": "loop / its engine calls",
     }
     for result in results:
@@ -48,7 +50,7 @@ def main() -> None:
             c = result[key]
             interval = f"[{c['ratio_low']:.3f}, {c['ratio_high']:.3f}]"
             row = (name, f"{c['a_p50']:.2f}", f"{c['b_p50']:.2f}", f"{c['ratio']:.3f}", interval, str(c["pairs"]))
-            table.add_row(str(result["batch"]), *row)
+            table.add_row(str(result["batch"]), result["realisation"], *row)
     Console(width=120).print(table)
     versions = {"python": platform.python_version(), "numpy": np.__version__, "onnxruntime": onnxruntime.__version__}
     line = json.dumps({"results": results, "versions": versions, "cores": os.cpu_count(), "machine": platform.machine()})

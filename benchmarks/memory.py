@@ -1,0 +1,87 @@
+"""Memory of the realisations in ONNX Runtime: what opening all evaluations costs against opening one.
+
+Each case runs in a process of its own: it opens the graphs, runs every evaluation once at the given batch, and reports by
+how much its private memory has grown since the engine was imported (Linux, `smaps_rollup`). Weights that are mapped from
+the file and never copied are shared, not private. Cases repeat in turn; medians and the range are printed.
+
+    python benchmarks/memory.py bundle --repeat 5
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+CASES = ("one evaluation", "baked", "table", "fused")
+OPTIONS = {"default": {}, "no prepacking": {"session.disable_prepacking": "1"}}
+
+
+def private_bytes() -> int:
+    """Private memory of this process, clean and dirty."""
+    lines = Path("/proc/self/smaps_rollup").read_text(encoding="ascii").splitlines()
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
+
+
+def measure(path: Path, case: str, config: dict[str, str], batch: int) -> int:
+    """Open and run one case in this process; bytes grown."""
+    import numpy as np
+
+    from mteo_deploy.bundle import Bundle
+    from mteo_deploy.engines import backend
+    from mteo_deploy.sampler import Sampler
+
+    bundle, engine = Bundle.open(path), backend("onnxruntime")
+    engine.version()
+    options = {"session_config": config}
+    state = np.zeros((batch, *bundle.sample_shape), np.float32)
+    before = private_bytes()
+    if case == "one evaluation":
+        session = engine.open(bundle, bundle.step_graphs[0]["graph"], "cpu", options)
+        session.run({"state": state})
+    else:
+        sampler = Sampler(bundle, lambda graph: engine.open(bundle, graph, "cpu", options), case)
+        sampler.states(state, bundle.reference_requests(batch))
+    return private_bytes() - before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("-o", "--output", type=Path)
+    args = parser.parse_args()
+    if args.case:
+        case, option = args.case.split("/")
+        print(measure(args.bundle, case, OPTIONS[option], args.batch))
+        return
+    found: dict[tuple[str, str], list[int]] = {(case, option): [] for option in OPTIONS for case in CASES}
+    for _ in range(args.repeat):
+        for (case, option), sizes in found.items():
+            command = [sys.executable, __file__, str(args.bundle), "--batch", str(args.batch), "--case", f"{case}/{option}"]
+            sizes.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    table = Table("options", "opened", "MB, median", "range", "against one evaluation")
+    results = []
+    for (case, option), sizes in found.items():
+        median = statistics.median(sizes)
+        ratio = median / statistics.median(found["one evaluation", option])
+        span = f"{min(sizes) / 1e6:.1f} to {max(sizes) / 1e6:.1f}"
+        table.add_row(option, case, f"{median / 1e6:.1f}", span, f"{ratio:.2f}")
+        results.append({"options": option, "opened": case, "bytes": sizes, "median": median, "ratio": ratio})
+    Console(width=120).print(table)
+    line = json.dumps({"batch": args.batch, "results": results})
+    print(line)
+    if args.output:
+        args.output.write_text(line + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
