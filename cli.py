@@ -285,7 +285,7 @@ def sample(
     clock = time.perf_counter()
     with reporter(quiet or as_json) as report:
         task = report.task("sampling", num)
-        drawn = sampler(num=num, seed=seed, batch=batch, progress=lambda n: report.advance(task, n), **requests)
+        drawn = sampler(num=num, seed=seed, batch=batch, progress=lambda n: report.advance(task, n), requests=requests)
     seconds = time.perf_counter() - clock
     images.save(drawn, output)
     if as_json:

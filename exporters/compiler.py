@@ -27,6 +27,7 @@ from mteo_deploy.exporters.fuse import fuse
 from mteo_deploy.exporters.passes.absorb import Absorb
 from mteo_deploy.exporters.passes.batch_gemms import BatchGemms
 from mteo_deploy.exporters.passes.bind import Bind
+from mteo_deploy.exporters.passes.binding_time import BindingTime, binding_times
 from mteo_deploy.exporters.passes.fix_batch import FixBatch
 from mteo_deploy.exporters.passes.fold import Fold
 from mteo_deploy.exporters.passes.hoist import Hoist
@@ -355,10 +356,10 @@ def split_time_part(generic: ir.Model, names: Sequence[str]) -> ir.Model | None:
         else at once, instead of ``names``. None when all of them do.
     """
     graph = generic.graph
-    inputs = {value: None for value in graph.inputs if value.name in names}
-    frontier = _frontier(graph, set(inputs))
+    inputs = [value for value in graph.inputs if value.name in names]
+    frontier = _frontier(generic, names)
     computed = [value for value in frontier if value not in inputs]
-    cut = ir.convenience.extract(graph, list(inputs), computed) if computed else None
+    cut = ir.convenience.extract(graph, inputs, computed) if computed else None
     for value in computed:
         taken = ir.Value(name=value.name, type=value.type, shape=value.shape)
         value.replace_all_uses_with(taken)
@@ -371,16 +372,12 @@ def split_time_part(generic: ir.Model, names: Sequence[str]) -> ir.Model | None:
     return None if cut is None else ir.Model(cut, ir_version=generic.ir_version)
 
 
-def _frontier(graph: ir.Graph, early: set[ir.Value]) -> list[ir.Value]:
-    """Values known with ``early`` (and constants) that a node known later reads, in the graph's order."""
-    crossing: dict[ir.Value, None] = {}
-    for node in graph:
-        used = [value for value in node.inputs if value is not None]
-        if any(v in early for v in used) and all(v in early or v.is_initializer() for v in used):
-            early.update(node.outputs)
-        else:
-            crossing |= dict.fromkeys(v for v in used if v in early)
-    return list(crossing)
+def _frontier(model: ir.Model, names: Sequence[str]) -> list[ir.Value]:
+    """Values known with the inputs ``names`` (and constants) that a node known later reads, in the graph's order."""
+    times = binding_times(model, names)
+    late = [node for node in model.graph if any(times[output] == BindingTime.STEP for output in node.outputs)]
+    read = (value for node in late for value in node.inputs)
+    return list(dict.fromkeys(v for v in read if v is not None and times[v] == BindingTime.REQUEST))
 
 
 def sites_of(time_part: ir.Model | None, embeddings: Collection[str]) -> dict[str, list[str]]:

@@ -75,10 +75,10 @@ def trajectory_check(sampler: Sampler, tolerance: float) -> Check:
 def canaries(sampler: Sampler, batch: int = 4) -> list[Check]:
     """Faults that a table of latencies does not show."""
     requests = sampler.bundle.reference_requests(batch)
-    images = sampler(num=batch, seed=11, batch=batch, **requests)
-    others = sampler(num=batch, seed=12, batch=batch, **requests)
-    again = sampler(num=batch, seed=11, batch=batch, **requests)
-    single = sampler(num=batch, seed=11, batch=1, **requests)
+    images = sampler(num=batch, seed=11, batch=batch, requests=requests)
+    others = sampler(num=batch, seed=12, batch=batch, requests=requests)
+    again = sampler(num=batch, seed=11, batch=batch, requests=requests)
+    single = sampler(num=batch, seed=11, batch=1, requests=requests)
     with np.errstate(invalid="ignore", over="ignore"):  # infinite images fail below, by name
         spread = float(images.std(axis=(1, 2, 3)).min())
     bad = int((~np.isfinite(images)).sum())

@@ -133,14 +133,15 @@ class Sampler:
         seed: int = 0,
         batch: int = 16,
         progress: Callable[[int], None] | None = None,
-        **requests: Any,
+        requests: Mapping[str, Any] | None = None,
     ) -> Array:
         """Sample ``num`` images; image ``i`` depends on ``(seed, i)`` and its own request inputs only.
 
         Args:
             batch: images per engine call.
             progress: called with the number of images finished.
-            requests: what the backbone wants beside the noise, e.g. ``class_labels=[3]``: one value, or one per image.
+            requests: what the backbone wants beside the noise, e.g. ``{"class_labels": [3]}``: one value, or one
+                per image.
 
         Returns:
             float32 ``[num, channels, height, width]``, nominally in [-1, 1].
@@ -157,7 +158,7 @@ class Sampler:
         seed: int = 0,
         batch: int = 16,
         progress: Callable[[int], None] | None = None,
-        **requests: Any,
+        requests: Mapping[str, Any] | None = None,
     ) -> Array:
         """Sample with any plan on the same backbone with ordinary time conditioning, same noise, same engine."""
 
@@ -188,11 +189,11 @@ class Sampler:
         batch: int,
         images_from: Callable[[Array, Arrays], Array],
         progress: Callable[[int], None] | None,
-        requests: Mapping[str, Any],
+        requests: Mapping[str, Any] | None,
     ) -> Array:
         if num < 1 or batch < 1:
             raise InputError(f"expected --num and --batch of 1 or more; found {num} and {batch}")
-        given = take_all(self.bundle.requests, requests, num)
+        given = take_all(self.bundle.requests, requests or {}, num)
         chunks = []
         for start in range(0, num, batch):
             indices = range(start, min(start + batch, num))

@@ -125,15 +125,18 @@ def test_without_hoist_the_graphs_take_the_labels(class_model: Path, class_bundl
     assert bundle.manifest["prelude"] is None
     build(bundle, threads=1, seconds=0.1, quiet=True)
     for realisation in NAMES:
-        images = [Sampler.load(p, realisation=realisation)(num=3, seed=2, class_labels=5) for p in (bundle.path, class_bundle)]
+        images = [
+            Sampler.load(p, realisation=realisation)(num=3, seed=2, requests={"class_labels": 5})
+            for p in (bundle.path, class_bundle)
+        ]
         assert relative(images[0], images[1]) < 1e-4
 
 
 def test_labels_matter_and_belong_to_their_image(class_bundle: Path) -> None:
     sampler = Sampler.load(class_bundle)
-    one, other = sampler(num=3, seed=1, class_labels=2), sampler(num=3, seed=1, class_labels=[3])
+    one, other = sampler(num=3, seed=1, requests={"class_labels": 2}), sampler(num=3, seed=1, requests={"class_labels": [3]})
     assert relative(one, other) > 1e-3
-    mixed = sampler(num=3, seed=1, batch=2, class_labels=[2, 3, 2])
+    mixed = sampler(num=3, seed=1, batch=2, requests={"class_labels": [2, 3, 2]})
     np.testing.assert_allclose(mixed, np.stack([one[0], other[1], one[2]]), rtol=0, atol=1e-4)
 
 
