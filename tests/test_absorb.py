@@ -248,6 +248,17 @@ def test_infinite_and_overridable_constants_are_left_alone() -> None:
     assert not Absorb()(model).modified
 
 
+def test_numbers_that_leave_half_precision_are_left_alone() -> None:
+    large = np.full((1, 4, 1, 1), 6e4, np.float16)
+    model = graph_of([CONV, ("Add", ["v0", large.astype(np.float32)], {})], IMAGE)
+    for name in ("c0_1", "c0_2", "c1_1"):
+        value = model.graph.initializers[name]
+        value.const_value = ir.tensor(large.reshape(4) if name == "c0_2" else value.const_value.numpy().astype(np.float16))
+    one = Absorb()
+    assert not one(model).modified
+    assert one.fates["c1_1"].detail == "a number would leave the range of float16"
+
+
 def test_shared_bias_is_not_changed_for_its_other_reader() -> None:
     model = graph_of([CONV, ("Add", ["v0", normal(1, 4, 1, 1)], {}), ("Relu", ["v1"], {})], IMAGE)
     graph = model.graph

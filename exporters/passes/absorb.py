@@ -17,7 +17,7 @@ Rules look at operators and constants, never at the model's class. What does not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -26,7 +26,9 @@ from numpy.typing import NDArray
 
 Wide = NDArray[np.float64]
 
+ONNX = ("", "ai.onnx")
 CHANNEL_NORMS = ("InstanceNormalization", "GroupNormalization", "BatchNormalization")
+TOKEN_NORMS = ("LayerNormalization", "RMSNormalization")
 LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
@@ -84,7 +86,7 @@ def constant(value: ir.Value | None) -> Wide | None:
 
 def affine(node: ir.Node) -> tuple[ir.Value, Affine] | None:
     """``(x, affine)`` when the node scales or shifts ``x`` by a finite constant."""
-    if node.domain not in ("", "ai.onnx") or node.op_type not in ("Add", "Sub", "Mul", "Div") or len(node.inputs) != 2:
+    if node.domain not in ONNX or node.op_type not in ("Add", "Sub", "Mul", "Div") or len(node.inputs) != 2:
         return None
     left, right = node.inputs
     if left is None or right is None:
@@ -332,12 +334,13 @@ class Absorb(ir.passes.InPlacePass):
         source = affine(chain[0][0])[0]  # type: ignore[index]
         producer = source.producer()
         reason = ""
-        if producer is not None and producer.op_type in (*LINEAR, *CHANNEL_NORMS, "LayerNormalization", "RMSNormalization"):
+        if producer is not None and producer.domain in ONNX and producer.op_type in (*LINEAR, *CHANNEL_NORMS, *TOKEN_NORMS):
             for length, total in reversed(list(self._prefixes(chain))):
                 try:
                     if not single_use(source) or producer.graph is not graph:
                         raise DeclinedError("another node reads the layer's output too")
                     edit = self._edit(producer, total)
+                    _check_range([*edit.inputs.values(), edit.rest.scale, edit.rest.shift], _dtype(chain[0][0]))
                     if length > edit.rest.nodes:
                         self._apply(graph, producer, chain[:length], edit)
                         return True
@@ -395,7 +398,7 @@ class Absorb(ir.passes.InPlacePass):
         """A run of the chain becomes fewer operators."""
         source = affine(chain[0][0])[0]  # type: ignore[index]
         for length, total in reversed(list(self._prefixes(chain))):
-            if length > max(total.nodes, 1):
+            if length > max(total.nodes, 1) and _in_range([total.scale, total.shift], _dtype(chain[0][0])):
                 names = self._original(total.constants)
                 for name in names:
                     self.fates[name] = Fate(name, True, "merged with the scale and shift beside it")
@@ -449,3 +452,14 @@ class Absorb(ir.passes.InPlacePass):
 def _dtype(node: ir.Node) -> ir.DataType:
     """Element type of a node's constant operand."""
     return next(v.const_value.dtype for v in node.inputs if v is not None and v.const_value is not None)
+
+
+def _in_range(parts: Sequence[Wide | None], dtype: ir.DataType) -> bool:
+    """Whether every number is finite in ``dtype``: half precision ends at 65,504."""
+    with np.errstate(over="ignore"):
+        return all(part is None or bool(np.isfinite(part.astype(dtype.numpy()).astype(np.float64)).all()) for part in parts)
+
+
+def _check_range(parts: Sequence[Wide | None], dtype: ir.DataType) -> None:
+    if not _in_range(parts, dtype):
+        raise DeclinedError(f"a number would leave the range of {dtype.name.lower()}")
