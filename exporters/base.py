@@ -55,8 +55,11 @@ class Adapter(ABC, torch.nn.Module):
         """Load the network of a diffusers model directory."""
 
     @abstractmethod
-    def embedding(self, timestep: torch.Tensor) -> torch.Tensor:
-        """The pretrained embedding at continuous timesteps: ``[count]`` -> ``[count, width]``."""
+    def embeddings(self, timestep: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The pretrained embedding of each site at continuous timesteps: ``[count]`` -> ``[count, width]`` per site.
+
+        Sites that share an embedding give the same tensor.
+        """
 
     @abstractmethod
     def forward(self, state: torch.Tensor, *embeddings: torch.Tensor, **requests: torch.Tensor) -> torch.Tensor:
@@ -67,8 +70,7 @@ class Adapter(ABC, torch.nn.Module):
 
     def at_timestep(self, state: torch.Tensor, timestep: float, **requests: torch.Tensor) -> torch.Tensor:
         """The network with its own, ordinary time conditioning."""
-        embedding = self.embedding(torch.tensor([timestep], dtype=state.dtype))
-        return self(state, *[embedding] * len(self.sites), **requests)
+        return self(state, *self.embeddings(torch.tensor([timestep], dtype=state.dtype)), **requests)
 
     def draw_requests(self, count: int, seed: int) -> dict[str, torch.Tensor]:
         """Random request inputs for ``count`` images, to learn from and to compare with."""
@@ -90,9 +92,11 @@ class Adapter(ABC, torch.nn.Module):
 
 def families() -> dict[str, type[Adapter]]:
     """Network class name -> adapter."""
+    from mteo_deploy.exporters.dit import DiTAdapter
     from mteo_deploy.exporters.unet2d import UNet2DAdapter
 
-    return {adapter.family: adapter for adapter in (UNet2DAdapter,)}
+    adapters: tuple[type[Adapter], ...] = (UNet2DAdapter, DiTAdapter)
+    return {adapter.family: adapter for adapter in adapters}
 
 
 def _read_json(path: Path, what: str, way_out: str) -> dict[str, Any]:

@@ -139,10 +139,10 @@ def compile_bundle(
     if options.batch is not None:
         run_passes(generic, [FixBatch(options.batch)])
     report.advance(task)
-    time_embedding = trace_time_embedding(adapter)
+    time_embedding, sites = trace_time_embedding(adapter)
     report.advance(task)
     task = report.task("compiling", 2 + len(options.realisations))
-    conditioned = conditioned_graph(generic, time_embedding, [site.name for site in adapter.sites])
+    conditioned = conditioned_graph(generic, time_embedding, sites)
     steps = Steps(generic, plan, embeddings, options, [request.name for request in adapter.requests])
     report.advance(task, 1, "splitting")
     weights = WeightFile(directory / "graphs" / "weights.bin")

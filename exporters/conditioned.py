@@ -11,11 +11,15 @@ import onnx_ir as ir
 from mteo_deploy.exporters.trace import embedding_input
 
 
-def conditioned_graph(generic: ir.Model, time_embedding: ir.Model, sites: list[str]) -> ir.Model:
-    """Join both traces: ``(state [batch, ...], timestep [1]) -> output [batch, ...]``."""
+def conditioned_graph(generic: ir.Model, time_embedding: ir.Model, sites: dict[str, int]) -> ir.Model:
+    """Join both traces: ``(state [batch, ...], timestep [1]) -> output [batch, ...]``.
+
+    Args:
+        sites: site -> which output of ``time_embedding`` it takes.
+    """
     model, time = generic.clone(), time_embedding.clone().graph
     graph = model.graph
-    timestep, embedding = time.inputs[0], time.outputs[0]
+    timestep, embeddings = time.inputs[0], list(time.outputs)
     time.inputs.clear()
     time.outputs.clear()
     initializers = list(time.initializers.values())
@@ -30,9 +34,9 @@ def conditioned_graph(generic: ir.Model, time_embedding: ir.Model, sites: list[s
         for output in node.outputs:
             output.name = f"time/{output.name}"
     graph.insert_before(graph[0], nodes)
-    names = {embedding_input(site) for site in sites}
+    names = {embedding_input(site): embeddings[position] for site, position in sites.items()}
     for value in [value for value in graph.inputs if value.name in names]:
-        value.replace_all_uses_with(embedding)
+        value.replace_all_uses_with(names[value.name or ""])
         graph.inputs.remove(value)
     graph.inputs.append(timestep)
     return model

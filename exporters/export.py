@@ -39,8 +39,9 @@ def pretrained_set(adapter: Adapter, steps: int, solver: str, schedule: str = "p
 def _embeddings_at(adapter: Adapter, embeddings: EmbeddingSet, index: int) -> dict[str, np.ndarray]:
     """Pretrained embedding at this evaluation's time plus the learned delta: site -> ``[1, width]``."""
     with torch.no_grad():
-        base = adapter.embedding(torch.tensor([embeddings.plan.evaluations[index].timestep], dtype=torch.float32)).numpy()
-    return {site.name: base + embeddings.deltas[site.name][index : index + 1] for site in adapter.sites}
+        base = adapter.embeddings(torch.tensor([embeddings.plan.evaluations[index].timestep], dtype=torch.float32))
+    pairs = zip(adapter.sites, base, strict=True)
+    return {site.name: one.numpy() + embeddings.deltas[site.name][index : index + 1] for site, one in pairs}
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import contextlib
 import io
 import logging
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -27,8 +28,13 @@ class _TimeEmbedding(torch.nn.Module):
         super().__init__()
         self.adapter = adapter
 
-    def forward(self, timestep: torch.Tensor) -> torch.Tensor:
-        return self.adapter.embedding(timestep)
+    def forward(self, timestep: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return _distinct(self.adapter.embeddings(timestep))
+
+
+def _distinct(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Each tensor once, in order: sites that share an embedding give the same one."""
+    return tuple({id(tensor): tensor for tensor in tensors}.values())
 
 
 class _Generic(torch.nn.Module):
@@ -41,7 +47,7 @@ class _Generic(torch.nn.Module):
         return self.adapter(state, *embeddings, **dict(zip(names, requests, strict=True)))
 
 
-def _export(module: torch.nn.Module, args: tuple[Any, ...], inputs: list[str], output: str, dynamic: Any) -> ir.Model:
+def _export(module: torch.nn.Module, args: tuple[Any, ...], inputs: list[str], outputs: list[str], dynamic: Any) -> ir.Model:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")  # the exporter warns about its own deprecations
@@ -51,7 +57,7 @@ def _export(module: torch.nn.Module, args: tuple[Any, ...], inputs: list[str], o
             dynamo=True,
             opset_version=OPSET,
             input_names=inputs,
-            output_names=[output],
+            output_names=outputs,
             dynamic_shapes=dynamic,
             optimize=True,
         )
@@ -77,9 +83,14 @@ def trace_generic(adapter: Adapter) -> ir.Model:
     names = ["state", *(embedding_input(site.name) for site in adapter.sites), *(r.name for r in adapter.requests)]
     batch = {0: torch.export.Dim("batch", min=1, max=4096)}
     dynamic = (batch, [None] * len(embeddings), [batch] * len(requests))
-    return _export(_Generic(adapter), (state, embeddings, requests), names, "output", dynamic)
+    return _export(_Generic(adapter), (state, embeddings, requests), names, ["output"], dynamic)
 
 
-def trace_time_embedding(adapter: Adapter) -> ir.Model:
-    """The backbone's own time embedding: ``timestep [1] -> embedding [1, width]``."""
-    return _export(_TimeEmbedding(adapter), (torch.zeros(1),), ["timestep"], "embedding", None)
+def trace_time_embedding(adapter: Adapter) -> tuple[ir.Model, dict[str, int]]:
+    """The backbone's own time embeddings: ``timestep [1] -> [1, width] ...``, and site -> which of the outputs it takes."""
+    timestep = torch.zeros(1)
+    found = adapter.embeddings(timestep)
+    position = {id(tensor): i for i, tensor in enumerate(_distinct(found))}
+    sites = {site.name: position[id(tensor)] for site, tensor in zip(adapter.sites, found, strict=True)}
+    names = [f"embedding_{i}" for i in range(len(position))]
+    return _export(_TimeEmbedding(adapter), (timestep,), ["timestep"], names, None), sites

@@ -68,9 +68,9 @@ class UNet2DAdapter(Adapter):
             ) from None
         return cls(network, scheduler_config)
 
-    def embedding(self, timestep: torch.Tensor) -> torch.Tensor:
+    def embeddings(self, timestep: torch.Tensor) -> tuple[torch.Tensor, ...]:
         projected = self.network.time_proj(timestep)
-        return self.network.time_embedding(projected)
+        return (self.network.time_embedding(projected),) * len(self.sites)
 
     def forward(self, state: torch.Tensor, *embeddings: torch.Tensor, **requests: torch.Tensor) -> torch.Tensor:
         self._given = embeddings

@@ -24,8 +24,9 @@ def network_of(adapter: Adapter, embeddings: EmbeddingSet) -> Callable[[int, tor
     """``(evaluation index, state) -> output``: pretrained embedding plus delta at every site, in torch."""
 
     def network(i: int, state: torch.Tensor) -> torch.Tensor:
-        base = adapter.embedding(torch.tensor([embeddings.plan.evaluations[i].timestep], dtype=torch.float32))
-        return adapter(state, *[base + torch.from_numpy(embeddings.deltas[site.name][i : i + 1]) for site in adapter.sites])
+        base = adapter.embeddings(torch.tensor([embeddings.plan.evaluations[i].timestep], dtype=torch.float32))
+        deltas = [torch.from_numpy(embeddings.deltas[site.name][i : i + 1]) for site in adapter.sites]
+        return adapter(state, *[one + delta for one, delta in zip(base, deltas, strict=True)])
 
     return network
 

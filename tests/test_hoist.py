@@ -771,7 +771,7 @@ def test_classes_of_a_unet() -> None:
     widths = [site.time_emb_proj.in_features for site in network.sites]
     args = (torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.int64), [torch.zeros(1, width) for width in widths])
     inputs = ["state", "labels", *(f"emb/{i}" for i in range(len(widths)))]
-    generic = _export(network, args, inputs, "output", (DYNAMIC, DYNAMIC, [None] * len(widths)))
+    generic = _export(network, args, inputs, ["output"], (DYNAMIC, DYNAMIC, [None] * len(widths)))
     sets = [{f"emb__{i}": numbers(1, width, seed=10 * step + i) for i, width in enumerate(widths)} for step in range(3)]
     feeds = [{"state": numbers(n, 1, 8, 8), "labels": np.arange(n) * 3 % 10} for n in (1, 3)]
     weights = weights_of(network, "time_emb_proj.weight")
@@ -793,7 +793,7 @@ def test_classes_of_a_dit() -> None:
     torch.manual_seed(1)
     network = ClassDiT()
     args = (torch.zeros(2, 2, 4, 4), torch.zeros(2, dtype=torch.int64), torch.zeros(1))
-    generic = _export(network, args, ["state", "labels", "timestep"], "output", (DYNAMIC, DYNAMIC, None))
+    generic = _export(network, args, ["state", "labels", "timestep"], ["output"], (DYNAMIC, DYNAMIC, None))
     feeds = [{"state": numbers(n, 2, 4, 4), "labels": np.arange(n) * 3 % 10} for n in (1, 3)]
     weights = weights_of(network, "norm1.linear.weight", "proj_out_1.weight")
     step = step_graph(generic, timestep=np.array([37.0], np.float32))
@@ -808,7 +808,7 @@ def test_prompts_of_a_unet() -> None:
     torch.manual_seed(2)
     network = PromptUNet()
     args = (torch.zeros(2, 2, 8, 8), torch.zeros(2, 5, 12), torch.zeros(1))
-    generic = _export(network, args, ["state", "prompt", "timestep"], "output", (DYNAMIC, DYNAMIC, None))
+    generic = _export(network, args, ["state", "prompt", "timestep"], ["output"], (DYNAMIC, DYNAMIC, None))
     feeds = [{"state": numbers(n, 2, 8, 8), "prompt": numbers(n, 5, 12, seed=1)} for n in (1, 3)]
     steps = [step_graph(generic, timestep=np.array([t], np.float32)) for t in (999.0, 500.0)]
     weights = weights_of(network, "attn2.to_k.weight", "attn2.to_v.weight")

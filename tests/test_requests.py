@@ -11,7 +11,7 @@ import onnx
 import pytest
 import torch
 from click.testing import CliRunner
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiTTransformer2DModel, UNet2DModel
 from helpers import altered, relative
 
 from mteo_deploy import plan as plans
@@ -30,12 +30,8 @@ from mteo_deploy.verification import verify
 LABELS = Request("class_labels", "int64", high=10)
 
 
-@pytest.fixture(scope="module")
-def class_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pipeline directory of a small UNet2DModel with ten classes and random weights."""
-    path = tmp_path_factory.mktemp("classes") / "pipeline"
-    torch.manual_seed(0)
-    network = UNet2DModel(
+def random_unet(**options: Any) -> UNet2DModel:
+    return UNet2DModel(
         sample_size=8,
         in_channels=1,
         out_channels=1,
@@ -45,10 +41,47 @@ def class_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=16,
         norm_num_groups=8,
-        num_class_embeds=10,
+        **{"num_class_embeds": 10, **options},
     )
-    DDPMPipeline(unet=network, scheduler=DDPMScheduler()).save_pretrained(path)
+
+
+def random_dit() -> DiTTransformer2DModel:
+    """Two blocks; what the model starts with as zero is drawn too, else no label and no time would matter."""
+    network = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=1,
+        out_channels=2,
+        num_layers=2,
+        sample_size=8,
+        num_embeds_ada_norm=10,
+    )
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.normal_(std=0.1)
+    return network
+
+
+@pytest.fixture(scope="module", params=["UNet2DModel", "DiTTransformer2DModel"])
+def class_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pipeline directory of a small network with ten classes and random weights."""
+    path: Path = tmp_path_factory.mktemp("classes") / "pipeline"
+    torch.manual_seed(0)
+    if request.param == "UNet2DModel":
+        DDPMPipeline(unet=random_unet(), scheduler=DDPMScheduler()).save_pretrained(path)
+        return path
+    random_dit().save_pretrained(path / "transformer")
+    DDIMScheduler().save_pretrained(path / "scheduler")
+    index = {"transformer": ["diffusers", "DiTTransformer2DModel"], "scheduler": ["diffusers", "DDIMScheduler"]}
+    (path / "model_index.json").write_text(json.dumps({"_class_name": "DiTPipeline", **index}))
     return path
+
+
+def network_of(model: Path) -> Any:
+    """diffusers' own network of a pipeline directory."""
+    if (model / "unet").is_dir():
+        return UNet2DModel.from_pretrained(model / "unet", use_safetensors=True)
+    return DiTTransformer2DModel.from_pretrained(model / "transformer", use_safetensors=True)
 
 
 @pytest.fixture(scope="module")
@@ -68,15 +101,16 @@ def class_bundle(class_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 def test_adapter_is_the_model(class_model: Path, class_adapter: Adapter) -> None:
     """With its own time embedding at every site the hooked network is the network."""
-    network = UNet2DModel.from_pretrained(class_model / "unet", use_safetensors=True)
+    network = network_of(class_model)
     state, labels = torch.randn(3, 1, 8, 8), torch.tensor([1, 7, 0])
     with torch.no_grad():
-        expected = network(state, torch.tensor(300.0), class_labels=labels).sample
+        expected = network(state, timestep=torch.full((3,), 300), class_labels=labels).sample[:, :1]
         found = class_adapter.at_timestep(state, 300.0, class_labels=labels)
         other = class_adapter.at_timestep(state, 300.0, class_labels=labels.flip(0))
     torch.testing.assert_close(found, expected)
     assert relative(other.numpy(), expected.numpy()) > 1e-3
-    assert class_adapter.requests == (LABELS,)
+    high = 10 if isinstance(network, UNet2DModel) else 11  # a DiT has a label for no class
+    assert class_adapter.requests == (Request("class_labels", "int64", high=high),)
 
 
 @pytest.mark.parametrize("realisation", NAMES)
@@ -108,11 +142,13 @@ def test_prelude_holds_the_projections_once(class_bundle: Path, class_adapter: A
     prelude = onnx.load(str(bundle.file(bundle.manifest["prelude"]["graph"])), load_external_data=False)
     assert sum(node.op_type in ("Gemm", "MatMul") for node in prelude.graph.node) == len(class_adapter.sites)
     assert bundle.manifest["prelude"]["inputs"] == ["class_labels"]
-    assert len(bundle.manifest["prelude"]["outputs"]) == 3 * len(class_adapter.sites)
+    outputs = bundle.manifest["prelude"]["outputs"]
+    assert len(outputs) >= 3 * len(class_adapter.sites) and len(outputs) % 3 == 0
     for entry in [*bundle.step_graphs, bundle.realisations["table"], bundle.realisations["fused"]]:
         assert "class_labels" not in entry["inputs"]
         graph = onnx.load(str(bundle.file(entry["graph"])), load_external_data=False).graph
-        assert not [tensor.name for tensor in graph.initializer if "time_emb_proj" in tensor.name or "class_emb" in tensor.name]
+        dead = ("time_emb_proj", "class_emb", "norm1.linear", "proj_out_1")
+        assert not [tensor.name for tensor in graph.initializer if any(part in tensor.name for part in dead)]
     onnx.checker.check_model(str(bundle.file(bundle.manifest["prelude"]["graph"])), full_check=True)
     sites = bundle.manifest["compiler"]["sites"]
     details = {text for site in sites for where in site["constants"].values() for text in where.values()}
@@ -157,7 +193,7 @@ def test_command_line(class_bundle: Path, tmp_path: Path) -> None:
     assert call("--class-labels", "0,1,2,3").exit_code == 0
     for labels, message in [
         ([], "class_labels missing"),
-        (["--class-labels", "10"], "integers in [0, 10); found [10]"),
+        (["--class-labels", "12"], "found [12]"),
         (["--class-labels", "1,2"], "expected 1 or 4 values for class_labels"),
         (["--class-labels", "cat"], "expected --class-labels as integers"),
     ]:
@@ -186,12 +222,8 @@ def test_broken_manifest_entry(class_bundle: Path, tmp_path: Path) -> None:
         build(path, threads=1, quiet=True)
 
 
-def test_other_class_embeddings_are_refused(class_model: Path, tmp_path: Path) -> None:
-    import shutil
-
-    copy = Path(shutil.copytree(class_model, tmp_path / "copy"))
-    config = json.loads((copy / "unet" / "config.json").read_text())
-    network = UNet2DModel.from_config({**config, "num_class_embeds": None, "class_embed_type": "identity"})
-    network.save_pretrained(copy / "unet")
+def test_other_class_embeddings_are_refused(tmp_path: Path) -> None:
+    network = random_unet(num_class_embeds=None, class_embed_type="identity")
+    DDPMPipeline(unet=network, scheduler=DDPMScheduler()).save_pretrained(tmp_path / "model")
     with pytest.raises(InputError, match="found class_embed_type 'identity'"):
-        load_backbone(copy)
+        load_backbone(tmp_path / "model")

@@ -70,8 +70,8 @@ class Student(torch.nn.Module):
         self.adapter, self.plan = (adapter,), plan  # in a tuple: the backbone's parameters are not ours
         with torch.no_grad():
             timesteps = torch.tensor([e.timestep for e in plan.evaluations], dtype=torch.float32)
-            self.base = adapter.embedding(timesteps)
-        self.delta = torch.nn.Parameter(torch.zeros(len(plan.evaluations), len(adapter.sites), self.base.shape[-1]))
+            self.base = torch.stack(adapter.embeddings(timesteps), dim=1)  # [evaluations, sites, width]
+        self.delta = torch.nn.Parameter(torch.zeros_like(self.base))
 
     def forward(self, noise: torch.Tensor, requests: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         def network(i: int, state: torch.Tensor) -> torch.Tensor:

@@ -40,7 +40,7 @@ def reference_trajectories(
         progress: called with the number of trajectories finished since the last call.
     """
     fine = reference_plan(plan, adapter.levels, substeps)
-    embeddings = adapter.embedding(torch.tensor([e.timestep for e in fine.evaluations], dtype=torch.float32))
+    embeddings = adapter.embeddings(torch.tensor([e.timestep for e in fine.evaluations], dtype=torch.float32))
     noise, requests = torch.from_numpy(noise_for(adapter.sample_shape, seed, range(count))), adapter.draw_requests(count, seed)
     at = [i for i, e in enumerate(fine.evaluations) if e.time_point is not None and e.time_point % substeps == 0]
     chunks = []
@@ -48,7 +48,7 @@ def reference_trajectories(
         given = {name: values[start : start + batch] for name, values in requests.items()}
 
         def network(i: int, state: torch.Tensor, given: dict[str, torch.Tensor] = given) -> torch.Tensor:
-            return adapter(state, *[embeddings[i : i + 1]] * len(adapter.sites), **given)
+            return adapter(state, *[embedding[i : i + 1] for embedding in embeddings], **given)
 
         states = run(fine, noise[start : start + batch], network)
         chunks.append(torch.stack([states[i] for i in at]))
