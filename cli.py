@@ -72,9 +72,9 @@ def _emit(data: Any) -> None:
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output, nothing else.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress bars.")
-engine_option = click.option("--engine", default="onnxruntime", show_default=True, help="What runs the graphs.")
+engine_option = click.option("--engine", default="auto", show_default=True, help="Whose built engine: auto for the newest.")
 realisation_option = click.option("--realisation", help="baked, table or fused [default: what was built].")
-device_option = click.option("--device", default="cpu", show_default=True, help="Where it runs them.")
+device_option = click.option("--device", help="On which device [default: any].")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -89,6 +89,8 @@ def main() -> None:
     sample     draw images                                     (numpy + one engine)
     verify     check numbers and latency; a gate for CI
     inspect    explain a bundle or an embedding set
+    doctor     which engines are here, and how to install the others
+    cache      list or clean the built engines of a bundle
 
     \b
     Example:  mteo-deploy export --steps 4 -o bundle && mteo-deploy build bundle
@@ -215,31 +217,37 @@ def _sites_line(sites: list[dict[str, Any]]) -> str:
 
 @main.command()
 @click.argument("bundle", type=PATH)
-@engine_option
-@device_option
+@click.option("--engine", default="auto", show_default=True, help="onnxruntime, openvino, or auto: time what is installed.")
+@click.option("--device", help="Where it runs the graphs [default: the engine's best].")
 @click.option("--realisation", default="auto", show_default=True, help="baked, table, fused, or auto: time them.")
-@click.option("--batch", type=int, default=1, show_default=True, help="Images per engine call when timing.")
+@click.option("--precision", default="fp32", show_default=True, help="fp32 or bf16: what the engine may compute in.")
+@click.option("--batch", help="Batch sizes to compile for, by comma; the first is timed [default: any size, timed at 1].")
 @click.option("--threads", type=int, help="Threads inside an operator [default: the engine's choice].")
 @json_option
 @quiet_option
 @_verb
-def build(bundle: Path, as_json: bool, quiet: bool, **options: Any) -> None:
+def build(bundle: Path, batch: str | None, as_json: bool, quiet: bool, **options: Any) -> None:
     """Make a bundle's graphs ready in an engine.
 
-    Example:  mteo-deploy build bundle --engine onnxruntime
+    \b
+    Example:  mteo-deploy build bundle
+              mteo-deploy build bundle --engine openvino --precision bf16 --batch 1,8
     """
     from mteo_deploy.engines.build import build as run
 
-    directory = run(bundle, quiet=quiet or as_json, **options)
-    if as_json:
-        _emit(json.loads((directory / "engine.json").read_text()))
-        return
+    sizes = [] if batch is None else _integers("--batch", batch)
+    directory = run(bundle, batch=sizes, quiet=quiet or as_json, **options)
     record = json.loads((directory / "engine.json").read_text())
+    if as_json:
+        _emit(record)
+        return
     measured = record["measured"]
-    for name, ratio in measured.get("loops", {}).items():
-        interval = f"[{ratio['ratio_low']:.3f}, {ratio['ratio_high']:.3f}]"
-        what = f"{name} / {measured['against']}, whole loop at batch {measured['batch']}"
-        click.echo(f"{what}: {ratio['ratio']:.3f} {interval}")
+    for loops in (measured.get("engines", {}), measured):
+        for name, ratio in loops.get("loops", {}).items():
+            interval = f"[{ratio['ratio_low']:.3f}, {ratio['ratio_high']:.3f}]"
+            click.echo(f"{name} / {loops['against']}, whole loop at batch {(sizes or [1])[0]}: {ratio['ratio']:.3f} {interval}")
+    for name, problem in measured.get("engines", {}).get("refused", {}).items():
+        click.echo(f"{name} left out: {problem}")
     click.echo(f"built {directory}, realisation {record['realisation']}")
     click.echo(f"next: mteo-deploy sample {bundle} --num 64 -o grid.png")
 
@@ -389,6 +397,75 @@ def inspect(path: Path, other: Path | None, as_json: bool) -> None:
     ]
     title = f"plan: {plan['solver']}, {plan['steps']} steps, {plan['schedule']} schedule"
     _table(title, ["evaluation", "sigma", "timestep", "carry", "weights"], rows)
+
+
+@main.command()
+@json_option
+@_verb
+def doctor(as_json: bool) -> None:
+    """Which engines are here, what they can do, and how to install the others.
+
+    Example:  mteo-deploy doctor
+    """
+    from mteo_deploy.engines import doctor as run
+
+    found = run()
+    if as_json:
+        _emit(found)
+        return
+    for entry in found:
+        if "problem" in entry:
+            click.echo(f"{entry['engine']}: {entry['problem']}")
+            continue
+        click.echo(f"{entry['engine']} {entry['version']}: {', '.join(entry['precisions'])}")
+        for device in entry["devices"]:
+            click.echo(f"  {device}: {entry['machine'][device]}")
+
+
+@main.group()
+def cache() -> None:
+    """The built engines of a bundle."""
+
+
+@cache.command("list")
+@click.argument("bundle", type=PATH)
+@json_option
+@_verb
+def list_(bundle: Path, as_json: bool) -> None:
+    """List the built engines of a bundle, and why one does not fit it any more.
+
+    Example:  mteo-deploy cache list bundle
+    """
+    from mteo_deploy.bundle import Bundle
+    from mteo_deploy.engines import cache as built
+
+    _show_built(built.entries(Bundle.open(bundle)), as_json)
+
+
+@cache.command()
+@click.argument("bundle", type=PATH)
+@click.option("--all", "everything", is_flag=True, help="Delete those that fit too.")
+@json_option
+@_verb
+def clean(bundle: Path, everything: bool, as_json: bool) -> None:
+    """Delete the built engines that do not fit the bundle any more, and what interrupted builds left.
+
+    Example:  mteo-deploy cache clean bundle
+    """
+    from mteo_deploy.bundle import Bundle
+    from mteo_deploy.engines import cache as built
+
+    _show_built(built.clean(Bundle.open(bundle), everything), as_json, "deleted ")
+
+
+def _show_built(entries: list[dict[str, Any]], as_json: bool, what: str = "") -> None:
+    if as_json:
+        _emit(entries)
+        return
+    for entry in entries:
+        click.echo(f"{what}{entry['name']}, {entry['bytes'] / 1e6:.2f} MB: {entry['reason'] or 'fits the bundle'}")
+    if not entries:
+        click.echo("nothing" if what else "no built engines; mteo-deploy build makes one")
 
 
 if __name__ == "__main__":

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from importlib import import_module
+from typing import Any
 
 from mteo_deploy.engines.base import Backend
-from mteo_deploy.errors import InputError
+from mteo_deploy.errors import InputError, MissingPackageError, MteoError
 
-BACKENDS = {"onnxruntime": "mteo_deploy.engines.onnxruntime"}
-NOT_YET = ("tensorrt", "openvino")
+AUTO = "auto"
+BACKENDS = {
+    "onnxruntime": "mteo_deploy.engines.onnxruntime",
+    "openvino": "mteo_deploy.engines.openvino",
+}
+NOT_YET = ("tensorrt",)
 
 
 def backend(engine: str) -> Backend:
@@ -21,4 +26,38 @@ def backend(engine: str) -> Backend:
         loaded: Backend = import_module(BACKENDS[engine]).BACKEND
         return loaded
     planned = f" ({engine} is planned, not there yet)" if engine in NOT_YET else ""
-    raise InputError(f"expected an engine out of {', '.join(BACKENDS)}; found {engine!r}{planned}")
+    raise InputError(f"expected an engine out of {', '.join([*BACKENDS, AUTO])}; found {engine!r}{planned}")
+
+
+def installed() -> list[Backend]:
+    """Every backend whose package is there.
+
+    Raises:
+        MissingPackageError: when there is none.
+        EngineError: when one is there and cannot work.
+    """
+    found = []
+    for one in map(backend, BACKENDS):
+        try:
+            one.version()
+        except MissingPackageError:
+            continue
+        found.append(one)
+    if not found:
+        extras = " or ".join(f"'mteo-deploy[{extra}]'" for extra in ("cpu", "openvino"))
+        raise MissingPackageError(f"no engine is installed; run: pip install {extras}; mteo-deploy doctor says more")
+    return found
+
+
+def doctor() -> list[dict[str, Any]]:
+    """Each engine: version, devices and precisions, or what is wrong and the way out."""
+    found: list[dict[str, Any]] = []
+    for one in map(backend, BACKENDS):
+        entry: dict[str, Any] = {"engine": one.name}
+        try:
+            entry |= {"version": one.version(), "devices": one.devices(), "precisions": list(one.precisions)}
+            entry["machine"] = {device: one.machine(device) for device in one.devices()}
+        except MteoError as error:
+            entry["problem"] = str(error)
+        found.append(entry)
+    return [*found, *({"engine": name, "problem": "planned, not there yet"} for name in NOT_YET)]

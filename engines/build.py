@@ -1,10 +1,11 @@
-"""``build``: make a bundle's graphs ready in one engine, checked by running each once, and pick a realisation by measuring."""
+"""``build``: make a bundle's graphs ready in an engine, each run once; engine and realisation picked by measuring."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +13,40 @@ import numpy as np
 
 from mteo_deploy import latency
 from mteo_deploy.bundle import Bundle, whole_directory
-from mteo_deploy.engines import backend, cache
-from mteo_deploy.engines.base import Session
-from mteo_deploy.errors import EngineError, InputError
-from mteo_deploy.progress import reporter
+from mteo_deploy.engines import AUTO, backend, cache, installed
+from mteo_deploy.engines.base import PRECISIONS, Backend, Session
+from mteo_deploy.errors import EngineError, InputError, MteoError
+from mteo_deploy.progress import Reporter, reporter
 from mteo_deploy.realisations import NAMES
 from mteo_deploy.sampler import Sampler, noise_for
 
-AUTO = "auto"
+
+@dataclass
+class Candidate:
+    """A bundle opened in one engine: its realisations, and the fastest of them."""
+
+    backend: Backend
+    device: str
+    options: dict[str, Any]
+    samplers: dict[str, Sampler] = field(default_factory=dict)
+    sessions: dict[str, dict[str, Session]] = field(default_factory=dict)
+    seconds_to_open: dict[str, float] = field(default_factory=dict)
+    realisation: str = ""
+    measured: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def chosen(self) -> Sampler:
+        return self.samplers[self.realisation]
 
 
 def build(
     bundle: Bundle | Path | str,
     *,
-    engine: str = "onnxruntime",
-    device: str = "cpu",
+    engine: str = AUTO,
+    device: str | None = None,
     realisation: str = AUTO,
-    batch: int = 1,
+    precision: str = "fp32",
+    batch: Sequence[int] = (),
     seconds: float = 2.0,
     threads: int | None = None,
     quiet: bool = False,
@@ -36,8 +54,11 @@ def build(
     """Build a bundle in an engine, run each graph once, and leave the built engine in the bundle.
 
     Args:
+        engine: a backend's name, or ``auto``: time those that are installed and take the fastest.
+        device: ``cpu``, ...; None for the engine's best.
         realisation: ``baked``, ``table``, ``fused``, or ``auto``: time those the bundle has and take the fastest.
-        batch: images per engine call in that measurement.
+        precision: ``fp32`` or ``bf16``; what the engine may compute in.
+        batch: batch sizes to compile for and to measure the first of; empty for any size, measured at 1.
         seconds: how long to measure.
         threads: threads inside an operator; None for the engine's own choice.
 
@@ -48,44 +69,91 @@ def build(
         BundleError: for a bundle that is not whole.
         MissingPackageError: when the engine's package is not installed.
         EngineError: when the engine refuses a graph, a graph's output is not finite, or the bundle lacks the realisation.
-        InputError: for a realisation, batch or time that does not exist.
+        InputError: for an engine, realisation, precision, batch or time that does not exist.
     """
     if realisation not in (*NAMES, AUTO):
         raise InputError(f"expected --realisation out of {', '.join(NAMES)}, {AUTO}; found {realisation!r}")
-    if batch < 1 or seconds <= 0:
-        raise InputError(f"expected --batch of 1 or more and --seconds above 0; found {batch} and {seconds}")
+    if precision not in PRECISIONS:
+        raise InputError(f"expected --precision out of {', '.join(PRECISIONS)}; found {precision!r}")
+    if any(size < 1 for size in batch) or seconds <= 0:
+        raise InputError(f"expected --batch of 1 or more and --seconds above 0; found {list(batch)} and {seconds}")
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    target = backend(engine)
-    options: dict[str, Any] = {} if threads is None else {"threads": threads}
-    parts = cache.key_parts(bundle, target, device, options)
-    directory = cache.directory(bundle, parts)
+    targets = [one for one in (installed() if engine == AUTO else [backend(engine)]) if precision in one.precisions]
+    if not targets:
+        raise InputError(f"expected an engine that computes in {precision}; {engine} does not; mteo-deploy doctor lists them")
+    options: dict[str, Any] = {"precision": precision}
+    options |= {"threads": threads} if threads is not None else {}
+    options |= {"batch": sorted(set(batch))} if batch else {}
     names = list(bundle.realisations) if realisation == AUTO else [realisation]
-    opened: dict[str, float] = {}
+    size = batch[0] if batch else 1
+    with cache.locked(bundle), reporter(quiet) as report:
+        candidates, refused = [], {}
+        for target in targets:
+            try:
+                candidates.append(_candidate(bundle, target, device, options, names, size, seconds, report))
+            except MteoError as error:
+                if len(targets) == 1:
+                    raise
+                refused[target.name] = error
+        if not candidates:
+            raise next(iter(refused.values()))
+        best, engines = _fastest(bundle, candidates, size, seconds)
+        if engine == AUTO and len(targets) > 1:
+            best.measured["engines"] = {**engines, "refused": {name: str(error) for name, error in refused.items()}}
+        return _save(bundle, best)
 
+
+def _candidate(
+    bundle: Bundle,
+    target: Backend,
+    device: str | None,
+    options: dict[str, Any],
+    names: list[str],
+    size: int,
+    seconds: float,
+    report: Reporter,
+) -> Candidate:
+    """Open a bundle's realisations in one engine, check that they give finite values, and time them."""
+    found = Candidate(target, device or target.devices()[0], options)
+    task = report.task(f"building {target.name}", len(names) + 2)
+    for name in names:
+        found.sessions[name] = {}
+        found.samplers[name] = Sampler(bundle, _opener(bundle, found, found.sessions[name]), name)
+        _check_loop(bundle, found.samplers[name])
+        report.advance(task, 1, name)
+    _check_conditioned(bundle, found.samplers[names[0]])
+    report.advance(task, 1, "conditioned")
+    found.realisation, found.measured = _choose(bundle, found.samplers, size, seconds)
+    report.advance(task, 1, "measuring")
+    return found
+
+
+def _opener(bundle: Bundle, candidate: Candidate, sessions: dict[str, Session]) -> Callable[[str], Session]:
     def open_graph(graph: str) -> Session:
         clock = time.monotonic()
-        session = target.open(bundle, graph, device, options)
-        opened[graph] = round(time.monotonic() - clock, 4)
-        return session
+        sessions[graph] = candidate.backend.open(bundle, graph, candidate.device, candidate.options)
+        candidate.seconds_to_open[graph] = round(time.monotonic() - clock, 4)
+        return sessions[graph]
 
-    with reporter(quiet) as report:
-        task = report.task(f"building {engine}", len(names) + 2)
-        samplers = {}
-        for name in names:
-            samplers[name] = Sampler(bundle, open_graph, name)
-            _check_loop(bundle, samplers[name])
-            report.advance(task, 1, name)
-        _check_conditioned(bundle, samplers[names[0]])
-        report.advance(task, 1, "conditioned")
-        chosen, measured = _choose(bundle, samplers, batch, seconds)
-        report.advance(task, 1, "measuring")
+    return open_graph
+
+
+def _save(bundle: Bundle, built: Candidate) -> Path:
+    """Leave what the chosen realisation needs, and the record."""
+    parts = cache.key_parts(bundle, built.backend, built.device, built.options)
+    directory = cache.directory(bundle, parts)
     with whole_directory(directory, replace=cache.RECORD) as temporary:
+        conditioned = bundle.manifest["conditioned"]["graph"]
+        every = {graph: session for sessions in built.sessions.values() for graph, session in sessions.items()}
+        for graph, session in {conditioned: every[conditioned], **built.sessions[built.realisation]}.items():
+            session.save(temporary, graph)
         record = {
             "parts": parts,
             "key": cache.key(parts),
-            "realisation": chosen,
-            "measured": measured,
-            "seconds_to_open": opened,
+            "realisation": built.realisation,
+            "measured": built.measured,
+            "seconds_to_open": built.seconds_to_open,
+            "files": cache.files_of(temporary),
         }
         (temporary / cache.RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return directory
@@ -112,14 +180,25 @@ def _check_loop(bundle: Bundle, sampler: Sampler) -> None:
 
 def _choose(bundle: Bundle, samplers: dict[str, Sampler], batch: int, seconds: float) -> tuple[str, dict[str, Any]]:
     """The fastest realisation and what was measured: whole loops, each interleaved with the first one's."""
+    ratios = _against_first(bundle, samplers, batch, seconds)
+    if not ratios:
+        return next(iter(samplers)), {}
+    chosen = min(samplers, key=lambda name: ratios[name]["ratio"] if name in ratios else 1.0)
+    return chosen, {"batch": batch, "against": next(iter(samplers)), "loops": ratios}
+
+
+def _fastest(bundle: Bundle, candidates: list[Candidate], batch: int, seconds: float) -> tuple[Candidate, dict[str, Any]]:
+    """The fastest engine and what was measured: whole loops of each engine's fastest realisation."""
+    ratios = _against_first(bundle, {one.backend.name: one.chosen for one in candidates}, batch, seconds)
+    best = min(candidates, key=lambda one: ratios[one.backend.name]["ratio"] if one.backend.name in ratios else 1.0)
+    return best, {"against": candidates[0].backend.name, "loops": ratios}
+
+
+def _against_first(bundle: Bundle, samplers: dict[str, Sampler], batch: int, seconds: float) -> dict[str, dict[str, Any]]:
     first, *others = samplers
-    if not others:
-        return first, {}
     noise, requests = noise_for(bundle.sample_shape, 0, range(batch)), bundle.reference_requests(batch)
 
     def loop(name: str) -> Callable[[], object]:
         return lambda: samplers[name].states(noise, requests)
 
-    ratios = {name: latency.compare(loop(name), loop(first), seconds=seconds / len(others)).to_json() for name in others}
-    chosen = min(samplers, key=lambda name: ratios[name]["ratio"] if name in ratios else 1.0)
-    return chosen, {"batch": batch, "against": first, "loops": ratios}
+    return {name: latency.compare(loop(name), loop(first), seconds=seconds / len(others)).to_json() for name in others}

@@ -1,22 +1,44 @@
-"""The key of a built engine: a hash of everything that, changed, makes it the wrong engine.
+"""Built engines in a bundle: their key, which of them fits the bundle as it is now, and what to clean.
 
-``engine.json`` spells every part out, so that a refusal can say what changed.
+The key is a hash of everything that, changed, makes it the wrong engine. ``engine.json`` spells every part out, so that a
+refusal can say what changed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import platform
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mteo_deploy.bundle import Bundle
+from mteo_deploy.bundle import MANIFEST, Bundle, sha256_file
+from mteo_deploy.engines import AUTO, backend
 from mteo_deploy.engines.base import Backend
-from mteo_deploy.errors import BundleError
+from mteo_deploy.errors import BundleError, MteoError
 
 RECORD = "engine.json"
+
+
+@dataclass(frozen=True)
+class Built:
+    """A built engine: the directory ``engines/<engine>-<device>-<key>/`` of a bundle, and its record."""
+
+    directory: Path
+    backend: Backend
+    record: dict[str, Any]
+
+    @property
+    def device(self) -> str:
+        return str(self.record["parts"]["device"])
+
+    @property
+    def options(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.record["parts"]["options"]
+        return found
 
 
 def key_parts(bundle: Bundle, backend: Backend, device: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -26,7 +48,7 @@ def key_parts(bundle: Bundle, backend: Backend, device: str, options: Mapping[st
         "engine": backend.name,
         "engine_version": backend.version(),
         "device": device,
-        "machine": platform.machine(),
+        "machine": backend.machine(device),
         "options": dict(options),
     }
 
@@ -41,38 +63,121 @@ def directory(bundle: Bundle, parts: Mapping[str, Any]) -> Path:
     return bundle.path / "engines" / f"{parts['engine']}-{parts['device']}-{key(parts)}"
 
 
-def find(bundle: Bundle, backend: Backend, device: str) -> dict[str, Any]:
+def files_of(directory: Path) -> dict[str, str]:
+    """SHA-256 of each file of a built engine beside its record."""
+    return {path.name: sha256_file(path) for path in sorted(directory.iterdir()) if path.name != RECORD}
+
+
+def check(bundle: Bundle, path: Path) -> Built:
+    """A built engine by its record's path.
+
+    Raises:
+        BundleError: why it does not fit the bundle as it is now.
+        MteoError: why its engine does not work here.
+    """
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        parts = record["parts"]
+        name, device, options = parts["engine"], parts["device"], dict(parts["options"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise BundleError(f"{RECORD} cannot be read") from None
+    target = backend(name)
+    now = key_parts(bundle, target, device, options)
+    changed = [f"{part} changed {parts.get(part)!s:.12} -> {now[part]!s:.12}" for part in now if parts.get(part) != now[part]]
+    if changed:
+        raise BundleError("; ".join(changed))
+    if path.parent != directory(bundle, now):
+        raise BundleError("moved from another key")
+    if files_of(path.parent) != record.get("files", {}):
+        raise BundleError("its files were altered")
+    return Built(path.parent, target, record)
+
+
+def records(bundle: Bundle, engine: str = AUTO, device: str | None = None) -> list[Path]:
+    """Records of built engines, newest first."""
+    pattern = f"engines/{'*' if engine == AUTO else engine}-{device or '*'}-*/{RECORD}"
+    return sorted(bundle.path.glob(pattern), key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def find(bundle: Bundle, engine: str = AUTO, device: str | None = None) -> Built:
     """The newest built engine that fits the bundle as it is now.
 
-    Returns:
-        its record, with ``parts``.
+    Args:
+        engine: a backend's name, or ``auto`` for any.
+        device: None for any.
 
     Raises:
         BundleError: when there is none, saying what changed since, and the command that builds it.
+        InputError: for a name without a backend.
+        MissingPackageError, EngineError: when the engine does not work here.
     """
-    command = f"run: mteo-deploy build {bundle.path} --engine {backend.name} --device {device}"
-    records = sorted(
-        bundle.path.glob(f"engines/{backend.name}-{device}-*/{RECORD}"), key=lambda path: path.stat().st_mtime, reverse=True
-    )
-    reasons, older = [], []
-    for path in records:
+    command = f"run: mteo-deploy build {bundle.path}"
+    if engine != AUTO:
+        backend(engine).version()
+        command += f" --engine {engine}"
+    command += f" --device {device}" if device else ""
+    problems: list[MteoError] = []
+    reasons = []
+    for path in records(bundle, engine, device):
         try:
-            record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            built, options = record["parts"], record["parts"]["options"]
-        except (ValueError, KeyError, TypeError):
-            reasons.append(f"{path.parent.name}: {RECORD} cannot be read")
-            continue
-        older.append(options)
-        now = key_parts(bundle, backend, device, options)
-        changed = [
-            f"{name} changed {built.get(name)!s:.12} -> {now[name]!s:.12}" for name in now if built.get(name) != now[name]
-        ]
-        if not changed and path.parent == directory(bundle, now):
-            return record
-        reasons.append(f"{path.parent.name}: {'; '.join(changed) or 'moved from another key'}")
+            return check(bundle, path)
+        except MteoError as error:
+            problems.append(error)
+            reasons.append(f"{path.parent.name}: {error}")
+            command += _again(path) if len(reasons) == 1 else ""
+    if problems and not any(isinstance(problem, BundleError) for problem in problems):
+        raise problems[0]
     if reasons:
-        threads = next((f" --threads {o['threads']}" for o in older if "threads" in o), "")
-        raise BundleError(
-            f"expected a built engine for this bundle; found stale ones ({' | '.join(reasons)}); {command}{threads}"
-        )
-    raise BundleError(f"expected a built {backend.name} engine for {device} in {bundle.path}; found none; {command}")
+        raise BundleError(f"expected a built engine for this bundle; found stale ones ({' | '.join(reasons)}); {command}")
+    what = " ".join(part for part in ("" if engine == AUTO else engine, f"on {device}" if device else "") if part)
+    raise BundleError(f"expected a built engine{what and ' of ' + what} in {bundle.path}; found none; {command}")
+
+
+def _again(path: Path) -> str:
+    """The options of an older build, as the command line takes them."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        options = json.loads(path.read_text(encoding="utf-8"))["parts"]["options"]
+        texts = {name: ",".join(map(str, v)) if isinstance(v, list) else v for name, v in options.items()}
+        return "".join(f" --{name} {text}" for name, text in texts.items() if text != "fp32")
+    return ""
+
+
+def entries(bundle: Bundle) -> list[dict[str, Any]]:
+    """Every directory under ``engines/``: name, bytes, and whether it fits the bundle as it is now, or why not."""
+    found = []
+    for path in sorted((bundle.path / "engines").glob("*")):
+        if not path.is_dir():
+            continue
+        reason = ""
+        try:
+            check(bundle, path / RECORD)
+        except MteoError as error:
+            reason = str(error) if (path / RECORD).is_file() else "left by a build that was interrupted"
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        found.append({"name": path.name, "bytes": size, "fits": not reason, "reason": reason})
+    return found
+
+
+def clean(bundle: Bundle, everything: bool = False) -> list[dict[str, Any]]:
+    """Delete the built engines that do not fit the bundle (any more), or all of them; returns what was deleted."""
+    with locked(bundle):
+        doomed = [entry for entry in entries(bundle) if everything or not entry["fits"]]
+        for entry in doomed:
+            shutil.rmtree(bundle.path / "engines" / entry["name"])
+    return doomed
+
+
+@contextlib.contextmanager
+def locked(bundle: Bundle) -> Iterator[None]:
+    """One build (or clean) at a time per bundle: a second one waits. Released when the process ends, however it ends.
+
+    Without ``fcntl`` (Windows) two builds run side by side, and the last one to finish stays.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with (bundle.path / MANIFEST).open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

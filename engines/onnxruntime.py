@@ -11,8 +11,10 @@ run. On two cores that made a loop of four evaluations about twice as fast at ba
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,7 +53,7 @@ class OnnxRuntimeSession:
         self._session = session
         self._inputs = {value.name for value in session.get_inputs()}
 
-    def run(self, feeds: Mapping[str, NDArray[np.float32]]) -> list[NDArray[np.float32]]:
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[np.float32]]:
         try:
             outputs: list[NDArray[np.float32]] = self._session.run(None, dict(feeds))
         except Exception as error:  # onnxruntime's exceptions share no base of their own
@@ -61,9 +63,14 @@ class OnnxRuntimeSession:
             ) from None
         return outputs
 
+    def save(self, directory: Path, graph: str) -> None:
+        """Nothing: see the module."""
+
 
 class OnnxRuntimeBackend:
     name = "onnxruntime"
+    extra = "cpu"
+    precisions = ("fp32",)
 
     def version(self) -> str:
         return str(_package().__version__)
@@ -72,7 +79,12 @@ class OnnxRuntimeBackend:
         available = _package().get_available_providers()
         return [device for device, provider in PROVIDERS.items() if provider in available]
 
-    def open(self, bundle: Bundle, graph: str, device: str, options: Mapping[str, Any]) -> OnnxRuntimeSession:
+    def machine(self, device: str) -> str:
+        return platform.machine()
+
+    def open(
+        self, bundle: Bundle, graph: str, device: str, options: Mapping[str, Any], built: Path | None = None
+    ) -> OnnxRuntimeSession:
         onnxruntime = _package()
         if device not in PROVIDERS:
             raise EngineError(f"expected a device out of {', '.join(PROVIDERS)} for onnxruntime; found {device!r}")

@@ -97,7 +97,7 @@ def _manifest(adapter: Adapter, embeddings: EmbeddingSet, compiled: Compiled, so
             "training": embeddings.training,
         },
         "plan": plan.to_json(),
-        "precision": "float32",
+        "precision": "fp32",
         "batch": compiled.batch,
         "realisations": compiled.realisations,
         "conditioned": compiled.conditioned.entry,

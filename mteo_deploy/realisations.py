@@ -7,19 +7,18 @@ and backbone, so ``build`` measures.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mteo_deploy.bundle import Bundle
-from mteo_deploy.engines.base import Session
+from mteo_deploy.engines.base import OpenGraph
 from mteo_deploy.errors import EngineError
 from mteo_deploy.requests import Arrays
 
 Array = NDArray[np.float32]
-OpenGraph = Callable[[str], Session]
 PREFIX = "history_"
 
 
@@ -37,32 +36,6 @@ class Loop(Protocol):
 
     def calls(self, state: Array, request: Arrays) -> None:
         """The engine calls of one loop and nothing else, all on the same state: what the loop costs at least."""
-
-
-class FixedBatch:
-    """A session of a graph for one batch size, for any: images go through in parts, the last one filled up.
-
-    Args:
-        shared: inputs that are the same for all images.
-    """
-
-    shared = ("timestep", "evaluation", "table")
-
-    def __init__(self, session: Session, batch: int) -> None:
-        self.session, self.batch = session, batch
-
-    def run(self, feeds: Arrays) -> list[Array]:
-        split = {name: values for name, values in feeds.items() if name not in self.shared}
-        same = {name: values for name, values in feeds.items() if name in self.shared}
-        count = len(next(iter(split.values())))
-        parts = []
-        for start in range(0, count, self.batch):
-            part = {name: values[start : start + self.batch] for name, values in split.items()}
-            missing = self.batch - min(self.batch, count - start)
-            if missing:
-                part = {name: np.concatenate([v, np.repeat(v[-1:], missing, axis=0)]) for name, v in part.items()}
-            parts.append(self.session.run({**part, **same}))
-        return [np.concatenate(outputs)[:count] for outputs in zip(*parts, strict=True)]
 
 
 class Stepwise:

@@ -35,7 +35,8 @@ def page(*reports: Report, picture: Path | None = None, caption: str = "") -> st
         parts.append(f'<p><img alt="{escape(caption)}" src="data:image/png;base64,{data}"></p><p>{escape(caption)}</p>')
     for report in reports:
         verdict = "verified" if report.passed else "NOT verified"
-        parts.append(f"<h2>{escape(report.bundle)} in {escape(report.engine)} on {escape(report.device)}: {verdict}</h2>")
+        where = f"{report.bundle} in {report.engine} on {report.device}, {report.precision}"
+        parts.append(f"<h2>{escape(where)}: {verdict}</h2>")
         parts.append(_checks(report))
         parts += [f"<p>{escape(line)}</p>" for line in report.latency_lines()]
     body = "\n".join(parts)

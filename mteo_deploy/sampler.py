@@ -8,17 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mteo_deploy.bundle import Bundle
-from mteo_deploy.engines.base import Session
+from mteo_deploy.engines.base import OpenGraph, Session
+from mteo_deploy.engines.batches import BatchSizes
 from mteo_deploy.errors import EngineError, InputError
 from mteo_deploy.plan import Plan, run
-from mteo_deploy.realisations import FixedBatch, OpenGraph, Stepwise, open_loop
+from mteo_deploy.realisations import Stepwise, open_loop
 from mteo_deploy.requests import Arrays, take_all
+
+if TYPE_CHECKING:
+    from mteo_deploy.engines.cache import Built
 
 Array = NDArray[np.float32]
 
@@ -44,15 +48,22 @@ class Sampler:
     >>> images = sampler(num=4, seed=0)         # float32 [4, channels, height, width], nominally in [-1, 1]
     """
 
-    def __init__(self, bundle: Bundle, open_graph: OpenGraph, realisation: str = "baked", tables: Bundle | None = None) -> None:
-        self.bundle = bundle
+    def __init__(
+        self,
+        bundle: Bundle,
+        open_graph: OpenGraph,
+        realisation: str = "baked",
+        tables: Bundle | None = None,
+        built: Built | None = None,
+    ) -> None:
+        self.bundle, self.built = bundle, built
         self.plan = (tables or bundle).plan
         batch = bundle.manifest["batch"]
         if batch != "dynamic":
             fixed = open_graph
 
             def open_graph(graph: str) -> Session:
-                return FixedBatch(fixed(graph), batch)
+                return BatchSizes({batch: fixed(graph)})
 
         self.open_graph = open_graph
         self.loop = open_loop(realisation, bundle, open_graph, tables)
@@ -65,14 +76,16 @@ class Sampler:
         cls,
         path: Path | str,
         *,
-        engine: str = "onnxruntime",
-        device: str = "cpu",
+        engine: str = "auto",
+        device: str | None = None,
         realisation: str | None = None,
         tables: Path | str | None = None,
     ) -> Sampler:
         """Open a bundle as ``build`` left it in the newest built engine.
 
         Args:
+            engine: whose built engine to take; ``auto`` for any.
+            device: on which device; None for any.
             realisation: ``baked``, ``table`` or ``fused``; None for what the built engine was built for.
             tables: another bundle of the same backbone, whose table and plan to use in this one's ``table`` engine: another
                 embedding set or step count without another engine.
@@ -82,18 +95,21 @@ class Sampler:
             MissingPackageError: when the engine's package is not installed.
             EngineError: when the engine does not open the graphs on the device asked for.
         """
-        from mteo_deploy.engines import backend, cache
+        from mteo_deploy.engines import cache
 
-        bundle, target = Bundle.open(path), backend(engine)
-        record = cache.find(bundle, target, device)
-        options = record["parts"]["options"]
+        bundle = Bundle.open(path)
+        built = cache.find(bundle, engine, device)
         other = None if tables is None else Bundle.open(tables)
-        return cls(
-            bundle,
-            lambda graph: target.open(bundle, graph, device, options),
-            realisation or ("table" if other else record["realisation"]),
-            other,
-        )
+
+        def open_graph(graph: str) -> Session:
+            return built.backend.open(bundle, graph, built.device, built.options, built.directory)
+
+        return cls(bundle, open_graph, realisation or ("table" if other else built.record["realisation"]), other, built)
+
+    @property
+    def precision(self) -> str:
+        """What the engine computes in: what it was built for, else the graphs' own."""
+        return str((self.built.options if self.built else {}).get("precision", self.bundle.manifest["precision"]))
 
     @property
     def reference_plan(self) -> Plan:

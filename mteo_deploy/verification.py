@@ -29,6 +29,7 @@ class Report:
     bundle: str
     engine: str
     device: str
+    precision: str
     checks: list[Check]
     latency: dict[str, Any] = field(default_factory=dict)
 
@@ -112,8 +113,8 @@ def _budgets(measured: dict[str, Any], max_p50_ms: float | None, max_overhead: f
 def verify(
     bundle: Path | str | Sampler,
     *,
-    engine: str = "onnxruntime",
-    device: str = "cpu",
+    engine: str = "auto",
+    device: str | None = None,
     realisation: str | None = None,
     batch: int = 1,
     seconds: float = 3.0,
@@ -142,14 +143,14 @@ def verify(
     sampler = (
         bundle if isinstance(bundle, Sampler) else Sampler.load(bundle, engine=engine, device=device, realisation=realisation)
     )
-    tolerance = numerics.TOLERANCE[sampler.bundle.manifest["precision"]]
+    tolerance = numerics.TOLERANCE[sampler.precision]
     measured: dict[str, Any] = {}
     checks: list[Check] = []
     parts: dict[str, Callable[[], list[Check]]] = {
         "noise": lambda: [numerics.seed_check(sampler)],
         "evaluations": lambda: numerics.evaluation_checks(sampler, tolerance["evaluation"]),
         "trajectory": lambda: [numerics.trajectory_check(sampler, tolerance["trajectory"])],
-        "canaries": lambda: numerics.canaries(sampler),
+        "canaries": lambda: numerics.canaries(sampler, tolerance["batch"]),
     }
     with reporter(quiet) as report:
         task = report.task("verifying", len(parts) + (seconds > 0))
@@ -160,4 +161,6 @@ def verify(
             measured = measure(sampler, batch, seconds)
             checks += _budgets(measured, max_p50_ms, max_overhead)
             report.advance(task, 1, "latency")
-    return Report(sampler.bundle.path.name, engine, device, checks, measured)
+    if sampler.built is not None:
+        engine, device = sampler.built.backend.name, sampler.built.device
+    return Report(sampler.bundle.path.name, engine, device or "cpu", sampler.precision, checks, measured)

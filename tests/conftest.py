@@ -67,7 +67,7 @@ def tiny_bundle(tiny_model: Path, tiny_embeddings: Path, tmp_path_factory: pytes
     """Bundle of ``tiny_embeddings``, built; a test that alters it copies it first."""
     path = tmp_path_factory.mktemp("bundles") / "euler-3"
     bundle = export(path, model=tiny_model, embeddings=tiny_embeddings, quiet=True)
-    build(bundle, realisation="baked", threads=1, quiet=True)
+    build(bundle, engine="onnxruntime", realisation="baked", threads=1, quiet=True)
     return path
 
 
@@ -76,7 +76,7 @@ def tiny_history_bundle(tiny_model: Path, tmp_path_factory: pytest.TempPathFacto
     """Built bundle whose updates reach back two evaluations: plain iPNDM 3, 4 steps."""
     path = tmp_path_factory.mktemp("bundles") / "ipndm-4"
     bundle = export(path, model=tiny_model, steps=4, solver="ipndm-3", plain=True, quiet=True)
-    build(bundle, realisation="baked", threads=1, quiet=True)
+    build(bundle, engine="onnxruntime", realisation="baked", threads=1, quiet=True)
     return path
 
 

@@ -75,7 +75,7 @@ def test_all_verbs_in_a_row(tiny_model: Path, tmp_path: Path) -> None:
 
     result = call("build", bundle, "--threads", 1, "--realisation", "table", "--json")
     assert result.exit_code == 0, result.stderr
-    assert json.loads(result.stdout)["parts"]["options"] == {"threads": 1}
+    assert json.loads(result.stdout)["parts"]["options"] == {"precision": "fp32", "threads": 1}
 
     images = tmp_path / "images.npz"
     result = call("sample", bundle, "--num", 5, "--seed", 9, "--batch", 2, "-o", images, "--json")
@@ -96,6 +96,32 @@ def test_inspect(what: str, tiny_bundle: Path, tiny_embeddings: Path) -> None:
     assert json.loads(call("inspect", path, "--json").stdout)["plan"]["steps"] == 3
     text = call("inspect", path).stdout
     assert "plan: euler, 3 steps, polynomial schedule" in text and "1,536 numbers" in text
+
+
+def test_doctor() -> None:
+    found = {entry["engine"]: entry for entry in json.loads(call("doctor", "--json").stdout)}
+    assert found["onnxruntime"]["devices"] == ["cpu"] and found["onnxruntime"]["precisions"] == ["fp32"]
+    assert found["tensorrt"] == {"engine": "tensorrt", "problem": "planned, not there yet"}
+    assert f"onnxruntime {found['onnxruntime']['version']}: fp32" in call("doctor").stdout
+
+
+def test_cache(bundle_copy: Path) -> None:
+    (name,) = (path.name for path in (bundle_copy / "engines").iterdir())
+    assert call("cache", "list", bundle_copy).stdout.endswith("fits the bundle\n")
+    (bundle_copy / "engines" / ".openvino-cpu-0.abc.tmp").mkdir()
+    stale = bundle_copy / "engines" / "onnxruntime-cpu-000000000000"
+    shutil.copytree(bundle_copy / "engines" / name, stale)
+    entries = {entry["name"]: entry for entry in json.loads(call("cache", "list", bundle_copy, "--json").stdout)}
+    assert {name: entry["reason"] for name, entry in entries.items()} == {
+        ".openvino-cpu-0.abc.tmp": "left by a build that was interrupted",
+        "onnxruntime-cpu-000000000000": "moved from another key",
+        name: "",
+    }
+    assert len(json.loads(call("cache", "clean", bundle_copy, "--json").stdout)) == 2
+    assert [path.name for path in (bundle_copy / "engines").iterdir()] == [name]
+    assert call("cache", "clean", bundle_copy).stdout == "nothing\n"
+    assert call("cache", "clean", bundle_copy, "--all").stdout.startswith(f"deleted {name}, ")
+    assert "no built engines" in call("cache", "list", bundle_copy).stdout
 
 
 def test_sample_to_a_picture(tiny_bundle: Path, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def test_build_leaves_a_record_of_every_part(tiny_bundle: Path) -> None:
     assert record["parts"]["engine"] == "onnxruntime"
     assert record["parts"]["engine_version"] == metadata.version("onnxruntime")
     assert record["parts"]["device"] == "cpu"
-    assert record["parts"]["options"] == {"threads": 1}
+    assert record["parts"]["options"] == {"precision": "fp32", "threads": 1}
     assert record["parts"]["graphs"] == Bundle.open(tiny_bundle).graph_hash
     assert record["key"] == cache.key(record["parts"])
     assert path.parent.name == f"onnxruntime-cpu-{record['key']}"
@@ -44,18 +44,18 @@ def test_build_leaves_a_record_of_every_part(tiny_bundle: Path) -> None:
 def test_build_again_replaces(bundle_copy: Path) -> None:
     first = record_of(bundle_copy)
     first.write_text("{}")
-    assert build(bundle_copy, threads=1, quiet=True) == first.parent
+    assert build(bundle_copy, engine="onnxruntime", threads=1, quiet=True) == first.parent
     assert json.loads(first.read_text())["key"]
     assert [p.name for p in first.parent.parent.iterdir()] == [first.parent.name]
 
 
 def test_other_options_are_another_built_engine_and_the_newest_is_opened(bundle_copy: Path) -> None:
-    old, new = record_of(bundle_copy).parent, build(bundle_copy, threads=2, quiet=True)
+    old, new = record_of(bundle_copy).parent, build(bundle_copy, engine="onnxruntime", threads=2, quiet=True)
     assert old != new
     os.utime(old / "engine.json", (1, 1))
-    assert cache.find(Bundle.open(bundle_copy), BACKEND, "cpu")["parts"]["options"] == {"threads": 2}
+    assert cache.find(Bundle.open(bundle_copy), "onnxruntime", "cpu").options == {"precision": "fp32", "threads": 2}
     os.utime(new / "engine.json", (0, 0))
-    assert cache.find(Bundle.open(bundle_copy), BACKEND, "cpu")["parts"]["options"] == {"threads": 1}
+    assert cache.find(Bundle.open(bundle_copy), "onnxruntime", "cpu").options == {"precision": "fp32", "threads": 1}
 
 
 def test_key_has_every_part(tiny_bundle: Path) -> None:
@@ -67,6 +67,8 @@ def test_key_has_every_part(tiny_bundle: Path) -> None:
 def test_nothing_built(tiny_bundle: Path, tmp_path: Path) -> None:
     path = altered(tiny_bundle, tmp_path / "b")
     with pytest.raises(BundleError, match=f"found none; run: mteo-deploy build {path} --engine onnxruntime --device cpu"):
+        Sampler.load(path, engine="onnxruntime", device="cpu")
+    with pytest.raises(BundleError, match=f"expected a built engine in {path}; found none; run: mteo-deploy build {path}$"):
         Sampler.load(path)
 
 
@@ -88,7 +90,7 @@ def test_graphs_changed_since(bundle_copy: Path, tiny_history_bundle: Path) -> N
     (bundle_copy / "engines").rename(bundle / "engines")
     with pytest.raises(BundleError, match=r"stale.*graphs changed .* -> .*run: mteo-deploy build"):
         Sampler.load(bundle)
-    build(bundle, quiet=True)
+    build(bundle, engine="onnxruntime", quiet=True)
     assert Sampler.load(bundle)(num=1).shape == (1, 1, 8, 8)
 
 
@@ -120,7 +122,7 @@ def test_record_under_another_key(bundle_copy: Path) -> None:
 
 
 def test_unknown_engine(tiny_bundle: Path) -> None:
-    with pytest.raises(InputError, match=f"out of {', '.join(BACKENDS)}; found 'tflite'$"):
+    with pytest.raises(InputError, match=f"out of {', '.join(BACKENDS)}, auto; found 'tflite'$"):
         build(tiny_bundle, engine="tflite", quiet=True)
     with pytest.raises(InputError, match="tensorrt is planned, not there yet"):
         backend("tensorrt")
@@ -129,7 +131,7 @@ def test_unknown_engine(tiny_bundle: Path) -> None:
 def test_unknown_device(tiny_bundle: Path, tmp_path: Path) -> None:
     path = altered(tiny_bundle, tmp_path / "b")
     with pytest.raises(EngineError, match="device out of cpu for onnxruntime; found 'npu'"):
-        build(path, device="npu", quiet=True)
+        build(path, engine="onnxruntime", device="npu", quiet=True)
     assert not (path / "engines").exists()
     assert BACKEND.devices() == ["cpu"]
 
@@ -144,7 +146,9 @@ def test_missing_package(bundle_copy: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     for use in (Sampler.load, build):
         with pytest.raises(MissingPackageError, match=r"pip install 'mteo-deploy\[cpu\]'"):
-            use(bundle_copy)
+            use(bundle_copy, engine="onnxruntime")
+    with pytest.raises(MissingPackageError, match=r"pip install 'mteo-deploy\[cpu\]'"):
+        Sampler.load(bundle_copy)
 
 
 def test_graph_that_is_none(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -152,7 +156,7 @@ def test_graph_that_is_none(tiny_bundle: Path, tmp_path: Path) -> None:
         tiny_bundle, tmp_path / "b", files=lambda bundle: (bundle / "graphs" / "step_01.onnx").write_bytes(b"no graph")
     )
     with pytest.raises(EngineError, match=r"could not open graphs/step_01\.onnx.*export again"):
-        build(path, quiet=True)
+        build(path, engine="onnxruntime", quiet=True)
     assert not (path / "engines").exists()
 
 
@@ -165,7 +169,7 @@ def test_build_refuses_values_that_are_not_finite(tiny_bundle: Path, tmp_path: P
     path = altered(tiny_bundle, tmp_path / "b")
     monkeypatch.setattr(type(BACKEND), "open", lambda *args: NaNSession())
     with pytest.raises(EngineError, match=r"baked: evaluation 0 gives values that are not finite"):
-        build(path, quiet=True)
+        build(path, engine="onnxruntime", quiet=True)
     assert not (path / "engines").exists()
 
 
@@ -177,5 +181,5 @@ def test_wrong_input_shape_names_it(tiny_sampler: Sampler) -> None:
 def test_altered_bundle_is_not_built(bundle_copy: Path) -> None:
     (bundle_copy / "graphs" / "weights.bin").write_bytes(b"")
     with pytest.raises(BundleError, match="truncated"):
-        build(bundle_copy, quiet=True)
+        build(bundle_copy, engine="onnxruntime", quiet=True)
     assert (bundle_copy / MANIFEST).is_file()

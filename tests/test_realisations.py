@@ -109,7 +109,7 @@ def test_tabulate_refuses_other_structures() -> None:
 
 def test_one_evaluation_needs_no_table(tiny_model: Path, tmp_path: Path) -> None:
     bundle = export(tmp_path / "one", model=tiny_model, steps=1, plain=True, quiet=True)
-    build(bundle, realisation="table", threads=1, quiet=True)
+    build(bundle, engine="onnxruntime", realisation="table", threads=1, quiet=True)
     assert bundle.table().shape == (1, 0) and bundle.realisations["table"]["inputs"] == ["state"]
     assert verify(bundle.path, seconds=0, quiet=True).passed
 
@@ -136,7 +136,9 @@ def test_fused_is_the_loop() -> None:
 
 
 def test_build_measures_and_picks(bundle_copy: Path) -> None:
-    record = json.loads((build(bundle_copy, threads=1, seconds=0.2, quiet=True) / "engine.json").read_text())
+    record = json.loads(
+        (build(bundle_copy, engine="onnxruntime", threads=1, seconds=0.2, quiet=True) / "engine.json").read_text()
+    )
     assert set(record["measured"]["loops"]) == {"table", "fused"}
     ratios = {"baked": 1.0} | {name: found["ratio"] for name, found in record["measured"]["loops"].items()}
     assert ratios[record["realisation"]] == min(ratios.values())
@@ -147,11 +149,11 @@ def test_only_what_was_asked_for_is_exported(tiny_model: Path, tmp_path: Path) -
     bundle = export(tmp_path / "b", model=tiny_model, steps=2, plain=True, realisations=["fused"], quiet=True)
     assert list(bundle.realisations) == ["fused"]
     assert sorted(p.name for p in (bundle.path / "graphs").glob("*.onnx")) == ["conditioned.onnx", "fused.onnx"]
-    record = json.loads((build(bundle, threads=1, quiet=True) / "engine.json").read_text())
+    record = json.loads((build(bundle, engine="onnxruntime", threads=1, quiet=True) / "engine.json").read_text())
     assert record["realisation"] == "fused" and record["measured"] == {}
     assert verify(bundle.path, seconds=0, quiet=True).passed
     with pytest.raises(EngineError, match=r"expected a realisation out of fused .* found 'table'; export again"):
-        build(bundle, realisation="table", quiet=True)
+        build(bundle, engine="onnxruntime", realisation="table", quiet=True)
 
 
 @pytest.mark.parametrize("options", [{"realisations": ["quick"]}, {"realisations": []}, {"passes": ["inline"]}])
@@ -191,7 +193,7 @@ def test_without_absorb_and_with_dumps(tiny_model: Path, tmp_path: Path, tiny_ad
     noise = noise_for((1, 8, 8), 5, range(2))
     images = []
     for bundle in (plain, debug):
-        build(bundle, threads=1, quiet=True)
+        build(bundle, engine="onnxruntime", threads=1, quiet=True)
         images.append(Sampler.load(bundle.path).states(noise)[-1])
     assert relative(images[0], images[1]) < 1e-5
 
@@ -211,7 +213,7 @@ def test_site_report(tiny_bundle: Path, tiny_adapter: Adapter) -> None:
 def test_fixed_batch_is_the_same_sampler(tiny_model: Path, tiny_embeddings: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     """Graphs for batch 4 give the images of the open ones for any number of images; no shape is computed in them."""
     bundle = export(tmp_path / "b", model=tiny_model, embeddings=tiny_embeddings, batch=4, quiet=True)
-    build(bundle, threads=1, seconds=0.1, quiet=True)
+    build(bundle, engine="onnxruntime", threads=1, seconds=0.1, quiet=True)
     sampler = Sampler.load(tiny_bundle)
     for realisation in NAMES:
         fixed = Sampler.load(bundle.path, realisation=realisation)

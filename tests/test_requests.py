@@ -159,7 +159,7 @@ def test_without_hoist_the_graphs_take_the_labels(class_model: Path, class_bundl
     options: dict[str, Any] = {"steps": 3, "solver": "ipndm-2", "plain": True, "quiet": True}
     bundle = export(tmp_path / "b", model=class_model, passes=["absorb"], **options)
     assert bundle.manifest["prelude"] is None
-    build(bundle, threads=1, seconds=0.1, quiet=True)
+    build(bundle, engine="onnxruntime", threads=1, seconds=0.1, quiet=True)
     for realisation in NAMES:
         images = [
             Sampler.load(p, realisation=realisation)(num=3, seed=2, requests={"class_labels": 5})
@@ -181,7 +181,7 @@ def test_distill_lowers_the_error(class_model: Path, tmp_path: Path) -> None:
     found = distill(class_model, tmp_path / "e.safetensors", steps=2, recipe=recipe, quiet=True)
     assert found.training["error_after"] < found.training["error_before"]
     bundle = export(tmp_path / "b", model=class_model, embeddings=found, quiet=True)
-    build(bundle, threads=1, seconds=0.1, quiet=True)
+    build(bundle, engine="onnxruntime", threads=1, seconds=0.1, quiet=True)
     assert verify(bundle.path, seconds=0, quiet=True).passed
 
 
@@ -219,7 +219,7 @@ def test_values_are_taken_or_refused() -> None:
 def test_broken_manifest_entry(class_bundle: Path, tmp_path: Path) -> None:
     path = altered(class_bundle, tmp_path / "b", lambda manifest: manifest["requests"][0].pop("dtype"))
     with pytest.raises(BundleError, match="expected a request input with name, dtype"):
-        build(path, threads=1, quiet=True)
+        build(path, engine="onnxruntime", threads=1, quiet=True)
 
 
 def test_other_class_embeddings_are_refused(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def test_swapped_steps(name: str, request: pytest.FixtureRequest, tmp_path: Path
         baked[last - 1]["graph"], baked[last]["graph"] = baked[last]["graph"], baked[last - 1]["graph"]
 
     path = altered(request.getfixturevalue(name), tmp_path / "b", swap)
-    build(path, realisation="baked", threads=1, quiet=True)
+    build(path, engine="onnxruntime", realisation="baked", threads=1, quiet=True)
     found = failed(verify(path, seconds=0, quiet=True))
     assert found >= {f"evaluation {last - 1}", f"evaluation {last}", "trajectory"}
     assert not found & {"evaluation 0", "noise", "finite", "repeatable"}
@@ -158,7 +158,7 @@ def test_kept_quantity_off(tiny_history_bundle: Path) -> None:
 
 def test_other_noise(tiny_bundle: Path, tmp_path: Path) -> None:
     path = altered(tiny_bundle, tmp_path / "b", lambda manifest: manifest["reference"].update(seed=1))
-    build(path, threads=1, quiet=True)
+    build(path, engine="onnxruntime", threads=1, quiet=True)
     assert failed(verify(path, seconds=0, quiet=True)) == {"noise"}
 
 
@@ -186,7 +186,7 @@ def test_arguments_out_of_range(arguments: dict[str, float], tiny_bundle: Path) 
 
 def test_report_files(tiny_bundle: Path, tmp_path: Path) -> None:
     good = verify(tiny_bundle, seconds=0, quiet=True)
-    bad = Report("<b>", "onnxruntime", "cpu", [numerics.Check("a < b", False, "1 & 2")])
+    bad = Report("<b>", "onnxruntime", "cpu", "fp32", [numerics.Check("a < b", False, "1 & 2")])
     for report, verdict in ((good, ": verified"), (bad, ": NOT verified")):
         report.save(tmp_path / "r" / "report.html")
         assert verdict in (tmp_path / "r" / "report.html").read_text()

@@ -1,0 +1,47 @@
+"""Graphs made for certain batch sizes, run at any."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mteo_deploy.engines.base import Session
+
+SHARED = ("timestep", "evaluation", "table")
+"""Inputs that are the same for all images of a batch."""
+
+
+class BatchSizes:
+    """Sessions for one batch size each, as a session for any: images go through in parts, the last one filled up.
+
+    Args:
+        sessions: batch size -> session.
+    """
+
+    def __init__(self, sessions: Mapping[int, Session]) -> None:
+        self.sessions = dict(sorted(sessions.items()))
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[np.float32]]:
+        split = {name: values for name, values in feeds.items() if name not in SHARED}
+        same = {name: values for name, values in feeds.items() if name in SHARED}
+        count = len(next(iter(split.values())))
+        if count in self.sessions:
+            return self.sessions[count].run(feeds)
+        parts, start, largest = [], 0, max(self.sessions)
+        while start < count:
+            size = min((size for size in self.sessions if size >= count - start), default=largest)
+            part = {name: values[start : start + size] for name, values in split.items()}
+            missing = size - min(size, count - start)
+            if missing:
+                part = {name: np.concatenate([v, np.repeat(v[-1:], missing, axis=0)]) for name, v in part.items()}
+            parts.append(self.sessions[size].run({**part, **same}))
+            start += size
+        return [np.concatenate(outputs)[:count] for outputs in zip(*parts, strict=True)]
+
+    def save(self, directory: Path, graph: str) -> None:
+        for session in self.sessions.values():
+            session.save(directory, graph)

@@ -1,0 +1,122 @@
+"""OpenVINO: compiled graphs on the CPU, in fp32 or bf16.
+
+A compiled graph is a file of the built engine: opening it takes a fraction of the time that compiling takes. Without
+batch sizes the graphs stay dynamic; with ``batch`` each size is compiled for itself, since the CPU plugin plans memory and
+layouts better when it knows every shape.
+
+OpenVINO computes in bf16 by its own choice where the processor can. Precision is never left to it here.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mteo_deploy.bundle import Bundle
+from mteo_deploy.engines.base import Session
+from mteo_deploy.engines.batches import SHARED, BatchSizes
+from mteo_deploy.errors import EngineError, MissingPackageError
+
+DEVICES = {"cpu": "CPU"}
+PRECISION_HINT = {"fp32": "f32", "bf16": "bf16"}
+
+
+def _core() -> Any:
+    """OpenVINO's entry object, or which extra to install."""
+    try:
+        import openvino
+    except ImportError:
+        raise MissingPackageError("the engine openvino is not installed; run: pip install 'mteo-deploy[openvino]'") from None
+    return openvino.Core()
+
+
+class OpenVinoSession:
+    """One compiled graph with one request, whose buffers are made once."""
+
+    def __init__(self, compiled: Any, size: int | None) -> None:
+        self._compiled, self._size = compiled, size
+        self._request = compiled.create_infer_request()
+        self._inputs = {value.any_name for value in compiled.inputs}
+        self._outputs = list(compiled.outputs)
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[np.float32]]:
+        if feeds.keys() != self._inputs:  # a missing one would keep what the last run was given
+            raise EngineError(f"expected the inputs {sorted(self._inputs)}; found {sorted(feeds)}")
+        try:
+            # inputs are read where they lie; outputs are copied, or the next run would write into its own input
+            found = self._request.infer(dict(feeds), share_inputs=True)
+        except RuntimeError as error:
+            shapes = {name: value.shape for name, value in feeds.items()}
+            raise EngineError(f"openvino could not run inputs {shapes}: {error}") from None
+        return [found[output] for output in self._outputs]
+
+    def save(self, directory: Path, graph: str) -> None:
+        path = directory / _file(graph, self._size)
+        path.write_bytes(self._compiled.export_model().getvalue())
+
+
+def _file(graph: str, size: int | None) -> str:
+    return f"{PurePosixPath(graph).stem}{'' if size is None else f'-{size}'}.blob"
+
+
+class OpenVinoBackend:
+    name = "openvino"
+    extra = "openvino"
+    precisions = ("fp32", "bf16")
+
+    def version(self) -> str:
+        _core()
+        return metadata.version("openvino")
+
+    def devices(self) -> list[str]:
+        available = _core().available_devices
+        return [device for device, name in DEVICES.items() if name in available]
+
+    def machine(self, device: str) -> str:
+        core, name = _core(), DEVICES.get(device, "CPU")
+        can = "+".join(sorted(core.get_property(name, "OPTIMIZATION_CAPABILITIES")))
+        return f"{platform.machine()}, {core.get_property(name, 'FULL_DEVICE_NAME').strip()}, {can}"
+
+    def open(self, bundle: Bundle, graph: str, device: str, options: Mapping[str, Any], built: Path | None = None) -> Session:
+        core = _core()
+        if device not in DEVICES or DEVICES[device] not in core.available_devices:
+            raise EngineError(f"expected a device out of {', '.join(self.devices())} for openvino; found {device!r}")
+        config = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": PRECISION_HINT[options.get("precision", "fp32")],
+        }
+        if options.get("threads"):
+            config["INFERENCE_NUM_THREADS"] = str(options["threads"])
+
+        def session(size: int | None) -> OpenVinoSession:
+            compiled = self._compiled(core, bundle, graph, DEVICES[device], config, size, built)
+            return OpenVinoSession(compiled, size)
+
+        sizes = options.get("batch")
+        return BatchSizes({size: session(size) for size in sizes}) if sizes else session(None)
+
+    @staticmethod
+    def _compiled(
+        core: Any, bundle: Bundle, graph: str, device: str, config: dict[str, str], size: int | None, built: Path | None
+    ) -> Any:
+        path = None if built is None else built / _file(graph, size)
+        try:
+            if path is not None and path.is_file():
+                return core.import_model(path.read_bytes(), device, config)
+            model = core.read_model(bundle.file(graph))
+            if size is not None:
+                of_images = [value for value in model.inputs if value.any_name not in SHARED]
+                model.reshape({value.any_name: [size, *list(value.partial_shape)[1:]] for value in of_images})
+            return core.compile_model(model, device, config)
+        except RuntimeError as error:
+            where = f"{path}; build again" if path is not None and path.is_file() else f"{graph}; export again or report it"
+            raise EngineError(f"openvino could not open {where} ({error})") from None
+
+
+BACKEND = OpenVinoBackend()
