@@ -24,6 +24,7 @@ from mteo_deploy.exporters.base import Adapter
 from mteo_deploy.exporters.conditioned import conditioned_graph
 from mteo_deploy.exporters.evaluate import evaluate
 from mteo_deploy.exporters.fuse import fuse
+from mteo_deploy.exporters.pack import drop_outputs, pack_inputs, pack_outputs, packable
 from mteo_deploy.exporters.passes.absorb import Absorb
 from mteo_deploy.exporters.passes.batch_gemms import BatchGemms
 from mteo_deploy.exporters.passes.bind import Bind
@@ -46,6 +47,7 @@ OPTIONAL = ("absorb", "hoist")
 """Passes that may be left out; the others make the graph what it is."""
 TABLES = "tables.safetensors"
 HOISTED = "request/"
+PACKED = "request/packed"
 
 
 @dataclass(frozen=True)
@@ -236,7 +238,33 @@ class Steps:
             bound.append(part)
         self.prelude = join_preludes(bound)
         self._renamed = merge_outputs(self.prelude)
+        self._pack()
         self.prelude_passes = run_passes(self.prelude, [BatchGemms()], random_feeds(self.prelude))
+
+    def _pack(self) -> None:
+        """Let the small tensors that differ between evaluations cross as one per evaluation."""
+        assert self.prelude is not None
+        steps = range(len(self.values))
+        names = [value.name or "" for value in self.template.graph.inputs if (value.name or "").startswith(HOISTED)]
+        sources = [self.sources(i, {"inputs": names}) for i in steps]
+        outputs = {value.name: value for value in self.prelude.graph.outputs}
+        inputs = {value.name: value for value in self.template.graph.inputs}
+        batch = inputs["state"].shape[0]  # type: ignore[index]  # the trace knows every shape
+        small = [
+            name
+            for name in names
+            if packable(inputs[name])
+            and inputs[name].shape[0] == batch  # type: ignore[index]  # packable: it has one
+            and all(packable(outputs[source[name]]) for source in sources)
+            and (len(steps) == 1 or len({source[name] for source in sources}) > 1)
+        ]
+        if len(small) < 2:
+            return
+        for i in steps:
+            pack_outputs(self.prelude, [sources[i][name] for name in small], f"step_{i:02}/{PACKED}")
+        still = {sources[i][name] for i in steps for name in names if name not in small}
+        drop_outputs(self.prelude, [sources[i][name] for i in steps for name in small if sources[i][name] not in still])
+        pack_inputs(self.template, small, PACKED)
 
     def sources(self, index: int, entry: Mapping[str, Any]) -> dict[str, str]:
         """Which output of the prelude each of a step graph's inputs takes at evaluation ``index``."""

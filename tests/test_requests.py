@@ -143,7 +143,7 @@ def test_prelude_holds_the_projections_once(class_bundle: Path, class_adapter: A
     assert sum(node.op_type in ("Gemm", "MatMul") for node in prelude.graph.node) == len(class_adapter.sites)
     assert bundle.manifest["prelude"]["inputs"] == ["class_labels"]
     outputs = bundle.manifest["prelude"]["outputs"]
-    assert len(outputs) >= 3 * len(class_adapter.sites) and len(outputs) % 3 == 0
+    assert outputs == [f"step_{i:02}/request/packed" for i in range(3)]  # one tensor for each evaluation
     for entry in [*bundle.step_graphs, bundle.realisations["table"], bundle.realisations["fused"]]:
         assert "class_labels" not in entry["inputs"]
         graph = onnx.load(str(bundle.file(entry["graph"])), load_external_data=False).graph
@@ -183,6 +183,17 @@ def test_distill_lowers_the_error(class_model: Path, tmp_path: Path) -> None:
     bundle = export(tmp_path / "b", model=class_model, embeddings=found, quiet=True)
     build(bundle, engine="onnxruntime", threads=1, seconds=0.1, quiet=True)
     assert verify(bundle.path, seconds=0, quiet=True).passed
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_packed_with_a_fixed_batch(steps: int, class_model: Path, class_adapter: Adapter, tmp_path: Path) -> None:
+    """Graphs for one batch size, and of one step alone, pack as open ones do."""
+    path = tmp_path / "bundle"
+    export(path, model=class_model, steps=steps, plain=True, batch=2, quiet=True)
+    build(path, engine="onnxruntime", threads=1, seconds=0.1, quiet=True)
+    bundle = Bundle.open(path)
+    assert [entry["inputs"] for entry in bundle.step_graphs] == [["state", "request/packed"]] * steps
+    assert verify(path, seconds=0, quiet=True).passed
 
 
 def test_command_line(class_bundle: Path, tmp_path: Path) -> None:
