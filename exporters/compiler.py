@@ -9,7 +9,7 @@ graph's structure, these vectors, and the passes that put them in their place.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from onnx_ir.passes import common
 from safetensors.numpy import save_file
 
 from mteo_deploy.errors import InputError
+from mteo_deploy.exporters import tensorrt
 from mteo_deploy.exporters.base import Adapter
 from mteo_deploy.exporters.conditioned import conditioned_graph
 from mteo_deploy.exporters.evaluate import evaluate
@@ -84,14 +85,16 @@ class Options:
 
 @dataclass(frozen=True)
 class CompiledGraph:
-    """One graph of the bundle, what the passes did to it, and the weights it no longer has."""
+    """One graph of the bundle, what the passes did to it, the weights it no longer has, and what TensorRT would refuse."""
 
     entry: dict[str, Any]
     passes: list[PassReport]
     removed: list[str] = field(default_factory=list)
+    tensorrt: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        return {**self.entry, "passes": [p.to_json() for p in self.passes], "removed_weights": self.removed}
+        passes = [p.to_json() for p in self.passes]
+        return {**self.entry, "passes": passes, "removed_weights": self.removed, "tensorrt": self.tensorrt}
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,8 @@ def compile_bundle(
     def write(model: ir.Model, passes: list[PassReport], name: str, file: WeightFile = weights) -> CompiledGraph:
         passes = passes + run_passes(model, [Share(file)])
         removed = [] if model is conditioned else sorted(everything - set(model.graph.initializers))
-        return CompiledGraph(_write(model, directory, name), passes, removed)
+        refused = tensorrt.problems(model)
+        return CompiledGraph(_write(model, directory, name), passes, removed, refused)
 
     if "table" in options.realisations:  # first: its weights then lie in the file where any other bundle's lie
         graphs.append(_write_table(steps, directory, write))
@@ -189,7 +193,7 @@ def _write_table(steps: Steps, directory: Path, write: Callable[..., CompiledGra
     (directory / TABLES).chmod(0o644)  # safetensors writes for the owner only
     requests = [steps.sources(i, graph.entry) for i in range(len(table))]
     entry = {**graph.entry, "table": TABLES, "content": content, "requests": requests}
-    return CompiledGraph(entry, graph.passes, graph.removed)
+    return replace(graph, entry=entry)
 
 
 class Steps:
