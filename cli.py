@@ -221,7 +221,7 @@ def _sites_line(sites: list[dict[str, Any]]) -> str:
 
 @main.command()
 @click.argument("bundle", type=PATH)
-@click.option("--engine", default="auto", show_default=True, help="onnxruntime, openvino, or auto: time what is installed.")
+@click.option("--engine", default="auto", show_default=True, help="onnxruntime, openvino, tensorrt, or auto: time them.")
 @click.option("--device", help="Where it runs the graphs [default: the engine's best].")
 @click.option("--realisation", default="auto", show_default=True, help="baked, table, fused, or auto: time them.")
 @click.option("--precision", default="fp32", show_default=True, help="fp32 or bf16: what the engine may compute in.")

@@ -12,8 +12,8 @@ AUTO = "auto"
 BACKENDS = {
     "onnxruntime": "mteo_deploy.engines.onnxruntime",
     "openvino": "mteo_deploy.engines.openvino",
+    "tensorrt": "mteo_deploy.engines.tensorrt",
 }
-NOT_YET = ("tensorrt",)
 
 
 def backend(engine: str) -> Backend:
@@ -25,8 +25,7 @@ def backend(engine: str) -> Backend:
     if engine in BACKENDS:
         loaded: Backend = import_module(BACKENDS[engine]).BACKEND
         return loaded
-    planned = f" ({engine} is planned, not there yet)" if engine in NOT_YET else ""
-    raise InputError(f"expected an engine out of {', '.join([*BACKENDS, AUTO])}; found {engine!r}{planned}")
+    raise InputError(f"expected an engine out of {', '.join([*BACKENDS, AUTO])}; found {engine!r}")
 
 
 def installed() -> list[Backend]:
@@ -56,8 +55,10 @@ def doctor() -> list[dict[str, Any]]:
         entry: dict[str, Any] = {"engine": one.name}
         try:
             entry |= {"version": one.version(), "devices": one.devices(), "precisions": list(one.precisions)}
+            if not one.devices():
+                entry["problem"] = "no device that it can use"
             entry["machine"] = {device: one.machine(device) for device in one.devices()}
         except MteoError as error:
             entry["problem"] = str(error)
         found.append(entry)
-    return [*found, *({"engine": name, "problem": "planned, not there yet"} for name in NOT_YET)]
+    return found

@@ -114,7 +114,10 @@ def _candidate(
     report: Reporter,
 ) -> Candidate:
     """Open a bundle's realisations in one engine, check that they give finite values, and time them."""
-    found = Candidate(target, device or target.devices()[0], options)
+    devices = target.devices()
+    if not devices:
+        raise EngineError(f"expected a device that {target.name} can use; found none here; mteo-deploy doctor says more")
+    found = Candidate(target, device or devices[0], options)
     task = report.task(f"building {target.name}", len(names) + 2)
     for name in names:
         found.sessions[name] = {}

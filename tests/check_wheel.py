@@ -31,7 +31,13 @@ def main() -> int:
         package = out / "unzipped" / "mteo_deploy"
         missing = [
             name
-            for name in ("cli.py", "exporters/export.py", "engines/build.py", "assets/mnist")
+            for name in (
+                "cli.py",
+                "exporters/export.py",
+                "exporters/tensorrt-onnx-ops.json",
+                "engines/build.py",
+                "assets/mnist",
+            )
             if not (package / name).exists()
         ]
         if missing:

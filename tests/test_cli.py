@@ -101,7 +101,7 @@ def test_inspect(what: str, tiny_bundle: Path, tiny_embeddings: Path) -> None:
 def test_doctor() -> None:
     found = {entry["engine"]: entry for entry in json.loads(call("doctor", "--json").stdout)}
     assert found["onnxruntime"]["devices"] == ["cpu"] and found["onnxruntime"]["precisions"] == ["fp32"]
-    assert found["tensorrt"] == {"engine": "tensorrt", "problem": "planned, not there yet"}
+    assert found["tensorrt"].get("devices") or "problem" in found["tensorrt"]
     assert f"onnxruntime {found['onnxruntime']['version']}: fp32" in call("doctor").stdout
 
 

@@ -15,7 +15,7 @@ import pytest
 from helpers import altered, edit_json
 
 from mteo_deploy.bundle import MANIFEST, Bundle
-from mteo_deploy.engines import BACKENDS, backend, cache
+from mteo_deploy.engines import BACKENDS, cache
 from mteo_deploy.engines.build import build
 from mteo_deploy.engines.onnxruntime import BACKEND
 from mteo_deploy.errors import BundleError, EngineError, InputError, MissingPackageError
@@ -124,8 +124,6 @@ def test_record_under_another_key(bundle_copy: Path) -> None:
 def test_unknown_engine(tiny_bundle: Path) -> None:
     with pytest.raises(InputError, match=f"out of {', '.join(BACKENDS)}, auto; found 'tflite'$"):
         build(tiny_bundle, engine="tflite", quiet=True)
-    with pytest.raises(InputError, match="tensorrt is planned, not there yet"):
-        backend("tensorrt")
 
 
 def test_unknown_device(tiny_bundle: Path, tmp_path: Path) -> None:

@@ -56,7 +56,19 @@ def test_the_block_blocks() -> None:
     assert done.returncode == 1 and "ModuleNotFoundError: blocked: torch" in done.stderr
 
 
-@pytest.mark.parametrize("module", ["sampler", "verification", "inspection", "engines.build", "engines.onnxruntime", "cli"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "sampler",
+        "verification",
+        "inspection",
+        "engines.build",
+        "engines.onnxruntime",
+        "engines.openvino",
+        "engines.tensorrt",
+        "cli",
+    ],
+)
 def test_no_heavy_import(module: str) -> None:
     """Where the packages are there, they are not loaded either."""
     heavy = "{'torch', 'onnx', 'onnx_ir', 'onnxscript', 'diffusers', 'onnxruntime', 'rich', 'PIL'}"

@@ -1,0 +1,227 @@
+"""TensorRT 11 on an NVIDIA GPU.
+
+Networks are strongly typed: a graph's own types are what is computed in, and TF32 is switched off. Each graph becomes one
+plan, with one optimisation profile over the batch; plans and the inspector's view of their layers are the built engine's
+files. Execution contexts never run at the same time here, so all of them share one block of scratch memory, and one stream.
+
+Not run on a GPU yet: the tests hold every call against the real bindings of TensorRT 11.4, which import without a GPU.
+"""
+
+from __future__ import annotations
+
+import platform
+import threading
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mteo_deploy.bundle import Bundle
+from mteo_deploy.engines.base import Session
+from mteo_deploy.errors import EngineError, MissingPackageError
+
+DEFAULT_BATCH = (1, 16)
+ROWS = (1, 4, 64)
+"""Least, usual and greatest number of evaluations of a table."""
+
+
+def _trt() -> Any:
+    """Import tensorrt, or say which extra to install."""
+    try:
+        import tensorrt
+    except ImportError as error:  # not ModuleNotFoundError: the package may be there without its libraries
+        raise MissingPackageError(
+            f"the engine tensorrt is not installed ({error}); run: pip install 'mteo-deploy[tensorrt]'"
+        ) from None
+    return tensorrt
+
+
+def _cudart() -> Any:
+    try:
+        from cuda.bindings import runtime
+    except ImportError as error:
+        raise MissingPackageError(
+            f"the engine tensorrt needs cuda-bindings ({error}); run: pip install 'mteo-deploy[tensorrt]'"
+        ) from None
+    return runtime
+
+
+def _cuda(function: str, *args: Any) -> Any:
+    """Call a function of the CUDA runtime; its result, if it has one.
+
+    Raises:
+        EngineError: when the call fails.
+    """
+    cudart = _cudart()
+    code, *result = getattr(cudart, function)(*args)
+    if code != cudart.cudaError_t.cudaSuccess:
+        raise EngineError(f"CUDA: {function} failed with {getattr(code, 'name', code)}")
+    return result[0] if result else None
+
+
+class _Memory:
+    """A block of device memory that grows when more is asked for. Addresses are 256-byte aligned, as cudaMalloc's are."""
+
+    def __init__(self) -> None:
+        self.address, self.size = 0, 0
+
+    def reserve(self, size: int) -> int:
+        if size > self.size:
+            self.free()
+            self.address, self.size = int(_cuda("cudaMalloc", size)), size
+        return self.address
+
+    def free(self) -> None:
+        if self.address:
+            _cuda("cudaFree", self.address)
+        self.address, self.size = 0, 0
+
+
+class _Device:
+    """What all sessions share: the stream, the scratch memory, the runtime, and a lock over them."""
+
+    def __init__(self) -> None:
+        trt = _trt()
+        self.lock = threading.Lock()
+        self.scratch = _Memory()
+        self.stream = _cuda("cudaStreamCreate")
+        self.logger = trt.Logger(trt.Logger.ERROR)
+        self.runtime = trt.Runtime(self.logger)
+        self.timing = b""
+
+
+class TensorRtSession:
+    """One plan with its execution context and its buffers."""
+
+    def __init__(self, device: _Device, plan: bytes, graph: str) -> None:
+        trt = _trt()
+        self._device, self._plan, self._graph = device, plan, graph
+        engine = device.runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            raise EngineError(f"tensorrt could not read the plan of {graph}; build again")
+        self._engine = engine
+        self._context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if self._context is None:
+            raise EngineError(f"tensorrt could not make a context for {graph}: is the device's memory full?")
+        self._inputs: dict[str, np.dtype[Any]] = {}
+        self._outputs: dict[str, np.dtype[Any]] = {}
+        for i in range(engine.num_io_tensors):
+            name = engine.get_tensor_name(i)
+            kind = np.dtype(trt.nptype(engine.get_tensor_dtype(name)))
+            (self._inputs if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT else self._outputs)[name] = kind
+        self._buffers = {name: _Memory() for name in [*self._inputs, *self._outputs]}
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[np.float32]]:
+        if feeds.keys() != self._inputs.keys():  # a missing one would keep what the last run was given
+            raise EngineError(f"expected the inputs {sorted(self._inputs)}; found {sorted(feeds)}")
+        with self._device.lock:
+            return self._run(feeds)
+
+    def _run(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[np.float32]]:
+        context, stream, kinds = self._context, self._device.stream, _cudart().cudaMemcpyKind
+        held = {name: np.ascontiguousarray(feeds[name], dtype=kind) for name, kind in self._inputs.items()}
+        for name, array in held.items():
+            if not context.set_input_shape(name, tuple(array.shape)):
+                shapes = {name: value.shape for name, value in feeds.items()}
+                raise EngineError(
+                    f"tensorrt could not run inputs {shapes} on {self._graph}: {name} is outside what it was built for; build "
+                    "again with --batch"
+                )
+            address = self._buffers[name].reserve(max(array.nbytes, 1))
+            context.set_tensor_address(name, address)
+            _cuda("cudaMemcpyAsync", address, array.ctypes.data, array.nbytes, kinds.cudaMemcpyHostToDevice, stream)
+        if missing := context.infer_shapes():
+            raise EngineError(f"tensorrt does not know the shapes of {', '.join(missing)} of {self._graph}")
+        found = {name: np.empty(tuple(context.get_tensor_shape(name)), kind) for name, kind in self._outputs.items()}
+        for name, array in found.items():
+            context.set_tensor_address(name, self._buffers[name].reserve(max(array.nbytes, 1)))
+        size = int(self._engine.device_memory_size_v2)
+        if size:
+            context.set_device_memory(self._device.scratch.reserve(size), size)
+        if not context.execute_async_v3(int(stream)):
+            raise EngineError(f"tensorrt could not run {self._graph}")
+        for name, array in found.items():
+            source = self._buffers[name].address
+            _cuda("cudaMemcpyAsync", array.ctypes.data, source, array.nbytes, kinds.cudaMemcpyDeviceToHost, stream)
+        _cuda("cudaStreamSynchronize", stream)
+        return list(found.values())
+
+    def save(self, directory: Path, graph: str) -> None:
+        stem = PurePosixPath(graph).stem
+        (directory / f"{stem}.plan").write_bytes(self._plan)
+        inspector = self._engine.create_engine_inspector()
+        layers = inspector.get_engine_information(_trt().LayerInformationFormat.JSON)
+        (directory / f"{stem}.layers.json").write_text(layers, encoding="utf-8")
+
+
+class TensorRtBackend:
+    name = "tensorrt"
+    extra = "tensorrt"
+    precisions = ("fp32",)
+
+    def __init__(self) -> None:
+        self._shared: _Device | None = None
+
+    def version(self) -> str:
+        trt = _trt()
+        return str(getattr(trt, "__version__", None) or metadata.version("tensorrt-cu13"))
+
+    def devices(self) -> list[str]:
+        try:
+            return ["cuda"] if _cuda("cudaGetDeviceCount") else []
+        except EngineError:  # no driver, no device
+            return []
+
+    def machine(self, device: str) -> str:
+        properties = _cuda("cudaGetDeviceProperties", 0)
+        name = properties.name.decode() if isinstance(properties.name, bytes) else properties.name
+        return f"{platform.machine()}, {name}, compute capability {properties.major}.{properties.minor}"
+
+    def open(self, bundle: Bundle, graph: str, device: str, options: Mapping[str, Any], built: Path | None = None) -> Session:
+        _trt()
+        if device not in self.devices():
+            raise EngineError(f"expected a device out of {', '.join(self.devices()) or 'none'} for tensorrt; found {device!r}")
+        if self._shared is None:
+            self._shared = _Device()
+        path = None if built is None else built / f"{PurePosixPath(graph).stem}.plan"
+        if path is not None and path.is_file():
+            return TensorRtSession(self._shared, path.read_bytes(), graph)
+        return TensorRtSession(self._shared, self._build(self._shared, bundle, graph, options), graph)
+
+    @staticmethod
+    def _build(device: _Device, bundle: Bundle, graph: str, options: Mapping[str, Any]) -> bytes:
+        """Parse one graph and build its plan."""
+        trt = _trt()
+        builder = trt.Builder(device.logger)
+        network = builder.create_network(0)
+        parser = trt.OnnxParser(network, device.logger)
+        if not parser.parse_from_file(str(bundle.file(graph))):
+            errors = [parser.get_error(i) for i in range(parser.num_errors)]
+            found = "; ".join(f"{error.node_operator()} {error.node_name()}: {error.desc()}" for error in errors)
+            raise EngineError(f"tensorrt could not parse {graph}: {found}; export again or report it")
+        config = builder.create_builder_config()
+        config.clear_flag(trt.BuilderFlag.TF32)  # fp32 means fp32
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        timing = config.create_timing_cache(device.timing)  # the step graphs of a plan are the same layers
+        config.set_timing_cache(timing, False)
+        profile = builder.create_optimization_profile()
+        sizes = options.get("batch") or DEFAULT_BATCH
+        for i in range(network.num_inputs):
+            tensor = network.get_input(i)
+            shape = tuple(tensor.shape)
+            if -1 in shape:
+                least, usual, most = ROWS if tensor.name == "table" else (min(sizes), max(sizes), max(sizes))
+                fill = [tuple(count if size == -1 else size for size in shape) for count in (least, usual, most)]
+                profile.set_shape(tensor.name, fill[0], fill[1], fill[2])
+        config.add_optimization_profile(profile)
+        plan = builder.build_serialized_network(network, config)
+        if plan is None:
+            raise EngineError(f"tensorrt could not build {graph}: no implementation was found, or the memory was not enough")
+        device.timing = bytes(config.get_timing_cache().serialize())
+        return bytes(plan)
+
+
+BACKEND = TensorRtBackend()
