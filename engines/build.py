@@ -114,6 +114,7 @@ def _candidate(
     report: Reporter,
 ) -> Candidate:
     """Open a bundle's realisations in one engine, check that they give finite values, and time them."""
+    target.version()  # a missing package is said before a missing device
     devices = target.devices()
     if not devices:
         raise EngineError(f"expected a device that {target.name} can use; found none here; mteo-deploy doctor says more")

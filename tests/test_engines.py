@@ -149,6 +149,26 @@ def test_missing_package(bundle_copy: Path, monkeypatch: pytest.MonkeyPatch) -> 
         Sampler.load(bundle_copy)
 
 
+def test_package_is_asked_for_before_the_device(bundle_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    with pytest.raises(MissingPackageError, match=r"the engine tensorrt is not installed .*mteo-deploy\[tensorrt\]"):
+        build(bundle_copy, engine="tensorrt", quiet=True)
+
+
+def test_no_engine_at_all(bundle_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("onnxruntime", "openvino", "tensorrt"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingPackageError, match=r"no engine is installed; run: pip install 'mteo-deploy\[cpu\]' or"):
+        build(bundle_copy, quiet=True)
+
+
+def test_no_device(bundle_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(BACKEND), "devices", lambda self: [])
+    with pytest.raises(EngineError, match="expected a device that onnxruntime can use; found none here"):
+        build(bundle_copy, engine="onnxruntime", quiet=True)
+
+
 def test_graph_that_is_none(tiny_bundle: Path, tmp_path: Path) -> None:
     path = altered(
         tiny_bundle, tmp_path / "b", files=lambda bundle: (bundle / "graphs" / "step_01.onnx").write_bytes(b"no graph")
