@@ -4,26 +4,33 @@ Prints a table, then one JSON line. Sessions are opened as ``build`` and ``sampl
 spinning when a run ends; else they would take the cores from the other side of an interleaved comparison.
 
     python benchmarks/latency.py bundle --batch 1 8 --seconds 30
+    python benchmarks/latency.py bundle --engine openvino --precision bf16
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import onnxruntime
 from rich.console import Console
 from rich.table import Table
 
 from mteo_deploy.bundle import Bundle
 from mteo_deploy.engines import backend
+from mteo_deploy.engines.base import Backend, Session
 from mteo_deploy.realisations import NAMES
 from mteo_deploy.sampler import Sampler
 from mteo_deploy.verification import measure
+
+
+def open_graph(engine: Backend, bundle: Bundle, options: dict[str, Any], graph: str) -> Session:
+    return engine.open(bundle, graph, engine.devices()[0], options)
 
 
 def main() -> None:
@@ -32,13 +39,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--seconds", type=float, default=30.0, help="per batch size and realisation")
     parser.add_argument("--realisation", nargs="+", default=list(NAMES), choices=NAMES)
+    parser.add_argument("--engine", default="onnxruntime")
+    parser.add_argument("--precision", default="fp32")
     parser.add_argument("--threads", type=int, help="threads inside an operator")
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
-    bundle, engine = Bundle.open(args.bundle), backend("onnxruntime")
-    options = {"threads": args.threads} if args.threads else {}
-    samplers = [Sampler(bundle, lambda graph: engine.open(bundle, graph, "cpu", options), r) for r in args.realisation]
-    results = [measure(sampler, batch, args.seconds) for batch in args.batch for sampler in samplers]
+    bundle, engine, results = Bundle.open(args.bundle), backend(args.engine), []
+    for batch in args.batch:
+        options = {"precision": args.precision, "batch": [batch]} | ({"threads": args.threads} if args.threads else {})
+        for name in args.realisation:
+            sampler = Sampler(bundle, functools.partial(open_graph, engine, bundle, options), name)
+            results.append(measure(sampler, batch, args.seconds))
     table = Table("batch", "realisation", "compared", "A p50 ms", "B p50 ms", "A/B", "95 % interval", "pairs")
     names = {
         "step": "engine calls / conditioned",
@@ -52,8 +63,16 @@ def main() -> None:
             row = (name, f"{c['a_p50']:.2f}", f"{c['b_p50']:.2f}", f"{c['ratio']:.3f}", interval, str(c["pairs"]))
             table.add_row(str(result["batch"]), result["realisation"], *row)
     Console(width=120).print(table)
-    versions = {"python": platform.python_version(), "numpy": np.__version__, "onnxruntime": onnxruntime.__version__}
-    line = json.dumps({"results": results, "versions": versions, "cores": os.cpu_count(), "machine": platform.machine()})
+    versions = {"python": platform.python_version(), "numpy": np.__version__, args.engine: engine.version()}
+    line = json.dumps(
+        {
+            "precision": args.precision,
+            "results": results,
+            "versions": versions,
+            "cores": os.cpu_count(),
+            "machine": platform.machine(),
+        }
+    )
     print(line)
     if args.output:
         args.output.write_text(line + "\n", encoding="utf-8")
