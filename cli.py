@@ -249,7 +249,7 @@ def build(bundle: Path, batch: str | None, as_json: bool, quiet: bool, **options
     for loops in (measured.get("engines", {}), measured):
         for name, ratio in loops.get("loops", {}).items():
             interval = f"[{ratio['ratio_low']:.3f}, {ratio['ratio_high']:.3f}]"
-            click.echo(f"{name} / {loops['against']}, whole loop at batch {(sizes or [1])[0]}: {ratio['ratio']:.3f} {interval}")
+            click.echo(f"{name} / {loops['against']}, whole loop at batch {loops['batch']}: {ratio['ratio']:.3f} {interval}")
     for name, problem in measured.get("engines", {}).get("refused", {}).items():
         click.echo(f"{name} left out: {problem}")
     click.echo(f"built {directory}, realisation {record['realisation']}")

@@ -5,7 +5,7 @@ loop in numpy (the plan's own coefficients, so that all sides do the same evalua
 evaluations from the same noise; what is timed is one batch from noise to images. Prints a table, then one JSON line.
 
     python benchmarks/engines.py --steps 4 --batch 1 8 --seconds 20
-    python benchmarks/engines.py --random-dit --steps 4
+    python benchmarks/engines.py --random-dit --steps 4 --work runs/dit
 """
 
 from __future__ import annotations
@@ -195,13 +195,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="per batch size")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
+    parser.add_argument("--work", type=Path, help="new directory to leave the model, the plain export and the bundle in")
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     results = []
     with tempfile.TemporaryDirectory() as temporary:
-        work = Path(temporary)
+        work = args.work or Path(temporary)
+        work.mkdir(parents=True, exist_ok=True)
         model = random_dit(work / "dit") if args.random_dit else args.model
         bundle = export(work / "bundle", model=model, steps=args.steps, plain=True, quiet=True)
         adapter = load_backbone(model)

@@ -43,7 +43,7 @@ def installed() -> list[Backend]:
             continue
         found.append(one)
     if not found:
-        extras = " or ".join(f"'mteo-deploy[{extra}]'" for extra in ("cpu", "openvino"))
+        extras = " or ".join(f"'mteo-deploy[{one.extra}]'" for one in map(backend, BACKENDS))
         raise MissingPackageError(f"no engine is installed; run: pip install {extras}; mteo-deploy doctor says more")
     return found
 

@@ -195,7 +195,7 @@ def _fastest(bundle: Bundle, candidates: list[Candidate], batch: int, seconds: f
     """The fastest engine and what was measured: whole loops of each engine's fastest realisation."""
     ratios = _against_first(bundle, {one.backend.name: one.chosen for one in candidates}, batch, seconds)
     best = min(candidates, key=lambda one: ratios[one.backend.name]["ratio"] if one.backend.name in ratios else 1.0)
-    return best, {"against": candidates[0].backend.name, "loops": ratios}
+    return best, {"batch": batch, "against": candidates[0].backend.name, "loops": ratios}
 
 
 def _against_first(bundle: Bundle, samplers: dict[str, Sampler], batch: int, seconds: float) -> dict[str, dict[str, Any]]:

@@ -131,13 +131,13 @@ class TensorRtSession:
                     "again with --batch"
                 )
             address = self._buffers[name].reserve(max(array.nbytes, 1))
-            context.set_tensor_address(name, address)
+            self._bind(name, address)
             _cuda("cudaMemcpyAsync", address, array.ctypes.data, array.nbytes, kinds.cudaMemcpyHostToDevice, stream)
         if missing := context.infer_shapes():
             raise EngineError(f"tensorrt does not know the shapes of {', '.join(missing)} of {self._graph}")
         found = {name: np.empty(tuple(context.get_tensor_shape(name)), kind) for name, kind in self._outputs.items()}
         for name, array in found.items():
-            context.set_tensor_address(name, self._buffers[name].reserve(max(array.nbytes, 1)))
+            self._bind(name, self._buffers[name].reserve(max(array.nbytes, 1)))
         size = int(self._engine.device_memory_size_v2)
         if size:
             context.set_device_memory(self._device.scratch.reserve(size), size)
@@ -148,6 +148,10 @@ class TensorRtSession:
             _cuda("cudaMemcpyAsync", array.ctypes.data, source, array.nbytes, kinds.cudaMemcpyDeviceToHost, stream)
         _cuda("cudaStreamSynchronize", stream)
         return list(found.values())
+
+    def _bind(self, name: str, address: int) -> None:
+        if not self._context.set_tensor_address(name, address):
+            raise EngineError(f"tensorrt did not take the memory for {name} of {self._graph}")
 
     def save(self, directory: Path, graph: str) -> None:
         stem = PurePosixPath(graph).stem
@@ -206,7 +210,8 @@ class TensorRtBackend:
         config.clear_flag(trt.BuilderFlag.TF32)  # fp32 means fp32
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         timing = config.create_timing_cache(device.timing)  # the step graphs of a plan are the same layers
-        config.set_timing_cache(timing, False)
+        if not config.set_timing_cache(timing, False):
+            raise EngineError(f"tensorrt did not take its own timing cache for {graph}")
         profile = builder.create_optimization_profile()
         sizes = options.get("batch") or DEFAULT_BATCH
         for i in range(network.num_inputs):

@@ -1,7 +1,7 @@
 """The adapter protocol: everything the rest of the project needs to know about a backbone family.
 
 An adapter wraps an unmodified network. It finds the sites from the module graph and replaces each site's embedding by
-a given one through forward pre-hooks, so no model code is forked. A new family is one file beside this one and a line
+a given one through hooks, so no model code is forked. A new family is one file beside this one and a line
 in ``families()``.
 """
 
@@ -34,13 +34,15 @@ class Adapter(ABC, torch.nn.Module):
     """A frozen backbone whose sites can be given their embeddings.
 
     Attributes:
-        family: the network class this adapter serves, e.g. ``UNet2DModel``.
+        family: the name of the network class this adapter serves, e.g. ``UNet2DModel``.
+        network_class: that class; :meth:`load` reads it with its ``from_pretrained``.
         sites: in the order the embeddings are passed.
         sample_shape: ``(channels, height, width)``.
         requests: what is given once per request beside the noise, such as class labels.
     """
 
     family: str
+    network_class: type[Any]
     network: torch.nn.Module
     sites: tuple[Site, ...]
     sample_shape: tuple[int, ...]
@@ -49,10 +51,24 @@ class Adapter(ABC, torch.nn.Module):
     levels: NoiseLevels
     config: dict[str, Any]
 
-    @classmethod
     @abstractmethod
+    def __init__(self, network: Any, scheduler_config: dict[str, Any]) -> None:
+        super().__init__()
+
+    @classmethod
     def load(cls, network_dir: Path, scheduler_config: dict[str, Any]) -> Adapter:
-        """Load the network of a diffusers model directory."""
+        """Load the network of a diffusers model directory, in float32.
+
+        Raises:
+            InputError: when there are no weights as safetensors that fit it.
+        """
+        try:
+            network = cls.network_class.from_pretrained(network_dir, use_safetensors=True, torch_dtype=torch.float32)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"expected {cls.family} weights as safetensors in {network_dir}; {str(error).splitlines()[0]}"
+            ) from None
+        return cls(network, scheduler_config)
 
     @abstractmethod
     def embeddings(self, timestep: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -1,14 +1,12 @@
 """The compiler: one trace, then partial evaluation into step graphs and their realisations.
 
-The backbone is traced once, as the *generic graph* with every site's embedding as an input, and folded once. The part that
-depends on embeddings and constants alone (time projections, modulation) is split off, as a graph of its own: evaluated on
-an evaluation's embeddings it gives the few vectors that the rest takes in. So each further evaluation costs a copy of the
-graph's structure, these vectors, and the passes that put them in their place.
+The backbone is traced once, as the *generic graph* with every site's embedding as an input. ``steps`` makes the step graphs
+of a plan from it; here they become realisations, and files that share one weight file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,71 +14,26 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx_ir.passes import common
 from safetensors.numpy import save_file
 
-from mteo_deploy.errors import InputError
 from mteo_deploy.exporters import tensorrt
 from mteo_deploy.exporters.base import Adapter
 from mteo_deploy.exporters.conditioned import conditioned_graph
-from mteo_deploy.exporters.evaluate import evaluate
 from mteo_deploy.exporters.fuse import fuse
-from mteo_deploy.exporters.pack import drop_outputs, pack_inputs, pack_outputs, packable
-from mteo_deploy.exporters.passes.absorb import Absorb
-from mteo_deploy.exporters.passes.batch_gemms import BatchGemms
-from mteo_deploy.exporters.passes.bind import Bind
-from mteo_deploy.exporters.passes.binding_time import BindingTime, binding_times
+from mteo_deploy.exporters.options import Options
 from mteo_deploy.exporters.passes.fix_batch import FixBatch
 from mteo_deploy.exporters.passes.fold import Fold
-from mteo_deploy.exporters.passes.hoist import Hoist
 from mteo_deploy.exporters.passes.runner import PassReport, Size, run_passes
 from mteo_deploy.exporters.passes.share import Share, WeightFile, content_hash
-from mteo_deploy.exporters.passes.update import Update, keeps
-from mteo_deploy.exporters.preludes import join_preludes, merge_outputs
+from mteo_deploy.exporters.steps import Steps
 from mteo_deploy.exporters.tabulate import tabulate
-from mteo_deploy.exporters.trace import embedding_input, trace_generic, trace_time_embedding
+from mteo_deploy.exporters.trace import trace_generic, trace_time_embedding
 from mteo_deploy.plan import Plan
 from mteo_deploy.progress import Reporter
 from mteo_deploy.realisations import NAMES
 
 Array = NDArray[np.float32]
-OPTIONAL = ("absorb", "hoist")
-"""Passes that may be left out; the others make the graph what it is."""
 TABLES = "tables.safetensors"
-HOISTED = "request/"
-PACKED = "request/packed"
-
-
-@dataclass(frozen=True)
-class Options:
-    """What to compile, and what to leave behind for people who debug.
-
-    Attributes:
-        realisations: which to write.
-        passes: optional passes to run.
-        batch: the only batch size of every graph; None leaves it open.
-        dump_after: a pass after which each step graph is written to ``dump``.
-    """
-
-    realisations: Sequence[str] = NAMES
-    passes: Collection[str] = OPTIONAL
-    batch: int | None = None
-    dump_after: str | None = None
-    dump: Path | None = None
-
-    def __post_init__(self) -> None:
-        for what, found, known in (
-            ("--realisation", self.realisations, NAMES),
-            ("--passes", self.passes, OPTIONAL),
-            ("--dump-after", [self.dump_after or "bind"], ("bind", "update", "absorb", "share")),
-        ):
-            for name in found:
-                if name not in known:
-                    raise InputError(f"expected {what} out of {', '.join(known)}; found {name!r}")
-        if self.batch is not None and self.batch < 1:
-            raise InputError(f"expected --batch of 1 or more, or dynamic; found {self.batch}")
-        if not self.realisations:
-            raise InputError(f"expected at least one --realisation out of {', '.join(NAMES)}; found none")
 
 
 @dataclass(frozen=True)
@@ -194,235 +147,6 @@ def _write_table(steps: Steps, directory: Path, write: Callable[..., CompiledGra
     requests = [steps.sources(i, graph.entry) for i in range(len(table))]
     entry = {**graph.entry, "table": TABLES, "content": content, "requests": requests}
     return replace(graph, entry=entry)
-
-
-class Steps:
-    """The step graphs of a plan, made when first asked for: ``baked``, and ``alike``, which differ in constants only.
-
-    Attributes:
-        prelude: the request-time part of all of them, ``requests -> step_<ii>/request/<layer> ...``; None when none.
-    """
-
-    def __init__(
-        self,
-        generic: ir.Model,
-        plan: Plan,
-        embeddings: Callable[[int], Mapping[str, Array]],
-        options: Options,
-        requests: Sequence[str] = (),
-    ) -> None:
-        self.template, self.plan, self.options = generic, plan, options
-        run_passes(generic, [Fold()])
-        names = [value.name or "" for value in generic.graph.inputs[1:] if value.name not in requests]
-        self.embeddings, self.time_part = names, split_time_part(generic, names)
-        self.hoisted: dict[str, str] = {}
-        self.values = [self._evaluate(embeddings(i)) for i in range(len(plan.evaluations))]
-        self.prelude: ir.Model | None = None
-        self.prelude_passes: list[PassReport] = []
-        self._renamed: dict[str, str] = {}
-        if requests and "hoist" in options.passes:
-            self._hoist(requests)
-        self.fates: dict[str, dict[str, str]] = {}
-        self._made: dict[bool, tuple[list[ir.Model], list[list[PassReport]]]] = {}
-
-    def _hoist(self, requests: Sequence[str]) -> None:
-        """Cut the prelude off the template, once; bind it to each evaluation and join what comes out."""
-        known = [value.name or "" for value in self.template.graph.inputs if value.name in {*requests, *self.values[0]}]
-        hoist = Hoist(known)
-        run_passes(self.template, [hoist])
-        if hoist.prelude is None:
-            return
-        meets = ", ".join(requests)
-        taken = {value.name or "" for value in hoist.prelude.graph.inputs} & set(self.values[0])
-        self.hoisted = dict.fromkeys(taken, f"hoisted: meets {meets} before its layer")
-        bound = []
-        for values in self.values:
-            part = hoist.prelude.clone()
-            Bind(values)(part)
-            bound.append(part)
-        self.prelude = join_preludes(bound)
-        self._renamed = merge_outputs(self.prelude)
-        self._pack()
-        self.prelude_passes = run_passes(self.prelude, [BatchGemms()], random_feeds(self.prelude))
-
-    def _pack(self) -> None:
-        """Let the small tensors that differ between evaluations cross as one per evaluation."""
-        assert self.prelude is not None
-        steps = range(len(self.values))
-        names = [value.name or "" for value in self.template.graph.inputs if (value.name or "").startswith(HOISTED)]
-        sources = [self.sources(i, {"inputs": names}) for i in steps]
-        outputs = {value.name: value for value in self.prelude.graph.outputs}
-        inputs = {value.name: value for value in self.template.graph.inputs}
-        batch = inputs["state"].shape[0]  # type: ignore[index]  # the trace knows every shape
-        small = [
-            name
-            for name in names
-            if packable(inputs[name])
-            and inputs[name].shape[0] == batch  # type: ignore[index]  # packable: it has one
-            and all(packable(outputs[source[name]]) for source in sources)
-            and (len(steps) == 1 or len({source[name] for source in sources}) > 1)
-        ]
-        if len(small) < 2:
-            return
-        for i in steps:
-            pack_outputs(self.prelude, [sources[i][name] for name in small], f"step_{i:02}/{PACKED}")
-        still = {sources[i][name] for i in steps for name in names if name not in small}
-        drop_outputs(self.prelude, [sources[i][name] for i in steps for name in small if sources[i][name] not in still])
-        pack_inputs(self.template, small, PACKED)
-
-    def sources(self, index: int, entry: Mapping[str, Any]) -> dict[str, str]:
-        """Which output of the prelude each of a step graph's inputs takes at evaluation ``index``."""
-        inputs = [name for name in entry["inputs"] if name.startswith(HOISTED)]
-        outputs = {name: f"step_{index:02}/{name}" for name in inputs}
-        return {name: self._renamed.get(output, output) for name, output in outputs.items()}
-
-    def from_prelude(self, index: int, model: ir.Model) -> ir.Model:
-        """The step graph with its hoisted inputs named as the prelude names them."""
-        if self.prelude is None:
-            return model
-        model = model.clone()
-        sources = self.sources(index, {"inputs": [value.name for value in model.graph.inputs]})
-        for value in model.graph.inputs:
-            value.name = sources.get(value.name or "", value.name)
-        return model
-
-    def _evaluate(self, embeddings: Mapping[str, Array]) -> dict[str, Array]:
-        """What the network takes in of one evaluation's embeddings: input of the template -> constant."""
-        feeds = {embedding_input(site): value for site, value in embeddings.items()}
-        taken = {value.name for value in self.template.graph.inputs}
-        values = {name: value for name, value in feeds.items() if name in taken}
-        if self.time_part is not None:
-            outputs = evaluate(self.time_part, feeds, reference=True)
-            assert outputs is not None  # the reference evaluator takes every model
-            values |= {value.name or "": o for value, o in zip(self.time_part.graph.outputs, outputs, strict=True)}
-        return values
-
-    @property
-    def baked(self) -> list[ir.Model]:
-        return self._steps(alike=False)[0]
-
-    @property
-    def baked_passes(self) -> list[list[PassReport]]:
-        return self._steps(alike=False)[1]
-
-    @property
-    def alike(self) -> list[ir.Model]:
-        return self._steps(alike=True)[0]
-
-    @property
-    def alike_passes(self) -> list[list[PassReport]]:
-        return self._steps(alike=True)[1]
-
-    def _steps(self, alike: bool) -> tuple[list[ir.Model], list[list[PassReport]]]:
-        if alike not in self._made:
-            made = [self._step(i, alike) for i in range(len(self.plan.evaluations))]
-            self._made[alike] = [model for model, _ in made], [passes for _, passes in made]
-        return self._made[alike]
-
-    def _step(self, index: int, alike: bool) -> tuple[ir.Model, list[PassReport]]:
-        """Evaluation ``index``. Each pass is checked, numbers too, on the first one: the others differ in constants."""
-        rows = self.plan.evaluations
-        keep = any(keeps(rows, i) for i in range(len(rows))) if alike else keeps(rows, index)
-        model = self.template.clone()
-        passes: list[ir.passes.InPlacePass] = [Bind(self.values[index]), Update(rows[index], keep, rows if alike else ())]
-        if "absorb" in self.options.passes:
-            absorb = Absorb(linear=not alike, copy_share=1.0 if len(rows) == 1 else 1e-3)
-            passes.append(absorb)
-        first = index == 0
-        reports = run_passes(model, passes, self._feeds(model) if first else None, self._dump(index, alike), each=first)
-        if first:
-            found = {name: fate.detail for name, fate in absorb.fates.items()} if "absorb" in self.options.passes else {}
-            self.fates["table" if alike else "baked"] = found
-        return model, reports
-
-    def _feeds(self, model: ir.Model) -> dict[str, NDArray[Any]]:
-        """Random values for state, requests and history, batch 2, beside the first evaluation's constants."""
-        feeds = random_feeds(model) | self.values[0]
-        history = {f"history_{lag}": feeds["state"][::-1].copy() for lag in range(1, self.plan.history + 1)}
-        return feeds | history
-
-    def _dump(self, index: int, alike: bool) -> Callable[[str, ir.Model], object] | None:
-        target, after = self.options.dump, self.options.dump_after
-        if target is None or after is None:
-            return None
-
-        def dump(name: str, model: ir.Model) -> None:
-            if name == after:
-                target.mkdir(parents=True, exist_ok=True)
-                graph = f"{'table' if alike else 'step'}_{index:02}"
-                copy = model.clone()
-                Share(WeightFile(target / f"{graph}.bin"))(copy)
-                ir.save(copy, target / f"{graph}.onnx")
-
-        return dump
-
-    def site_report(self) -> list[dict[str, Any]]:
-        """Per site: the constants it became, and where each of them is, per realisation."""
-        taken = set(self.values[0])
-        report = []
-        for site, names in sites_of(self.time_part, self.embeddings).items():
-            places = {
-                name: {kind: self.hoisted.get(name, fates.get(name, "stays an operand")) for kind, fates in self.fates.items()}
-                for name in names
-                if name in taken
-            }
-            report.append({"site": site, "constants": places})
-        return report
-
-
-def random_feeds(model: ir.Model) -> dict[str, NDArray[Any]]:
-    """A value for every input: standard normal floats, integers of zero; 2 for each open dimension."""
-    generator, feeds = np.random.default_rng(0), {}
-    for value in model.graph.inputs:
-        shape = [d if isinstance(d, int) else 2 for d in value.shape or ()]
-        floats = value.dtype == ir.DataType.FLOAT
-        feeds[value.name or ""] = generator.standard_normal(shape, np.float32) if floats else np.zeros(shape, np.int64)
-    return feeds
-
-
-def split_time_part(generic: ir.Model, names: Sequence[str]) -> ir.Model | None:
-    """Take out of ``generic``, in place, what depends on the inputs ``names`` and constants alone.
-
-    Returns:
-        the time part: ``names -> constants``; ``generic`` takes its outputs, and those of ``names`` that meet something
-        else at once, instead of ``names``. None when all of them do.
-    """
-    graph = generic.graph
-    inputs = [value for value in graph.inputs if value.name in names]
-    frontier = _frontier(generic, names)
-    computed = [value for value in frontier if value not in inputs]
-    cut = ir.convenience.extract(graph, inputs, computed) if computed else None
-    for value in computed:
-        taken = ir.Value(name=value.name, type=value.type, shape=value.shape)
-        value.replace_all_uses_with(taken)
-        value.name = f"{value.name}/before"
-        graph.inputs.append(taken)
-    common.RemoveUnusedNodesPass()(generic)
-    for value in inputs:
-        if value not in frontier:
-            graph.inputs.remove(value)
-    return None if cut is None else ir.Model(cut, ir_version=generic.ir_version)
-
-
-def _frontier(model: ir.Model, names: Sequence[str]) -> list[ir.Value]:
-    """Values known with the inputs ``names`` (and constants) that a node known later reads, in the graph's order."""
-    times = binding_times(model, names)
-    late = [node for node in model.graph if any(times[output] == BindingTime.STEP for output in node.outputs)]
-    read = (value for node in late for value in node.inputs)
-    return list(dict.fromkeys(v for v in read if v is not None and times[v] == BindingTime.REQUEST))
-
-
-def sites_of(time_part: ir.Model | None, embeddings: Collection[str]) -> dict[str, list[str]]:
-    """Site -> the constants that depend on it: outputs of the time part, or the embedding itself."""
-    reach: dict[str, set[str]] = {name: {name} for name in embeddings}
-    outputs = set(embeddings)
-    if time_part is not None:
-        for node in time_part.graph:
-            found = set().union(*(reach.get(v.name or "", set()) for v in node.inputs if v is not None))
-            reach |= {output.name or "": found for output in node.outputs}
-        outputs |= {value.name or "" for value in time_part.graph.outputs}
-    prefix = embedding_input("")
-    return {name.removeprefix(prefix): [o for o in reach if o in outputs and name in reach[o]] for name in embeddings}
 
 
 def _entry(model: ir.Model, graph: str) -> dict[str, Any]:

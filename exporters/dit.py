@@ -6,13 +6,11 @@ A site's embedding is the MLP's output, before the label's embedding is added to
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiTTransformer2DModel
 
-from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.base import Adapter, Site, noise_levels
 from mteo_deploy.requests import Request
 
@@ -24,10 +22,11 @@ class DiTAdapter(Adapter):
     """
 
     family = "DiTTransformer2DModel"
+    network_class = DiTTransformer2DModel
     network: DiTTransformer2DModel
 
     def __init__(self, network: DiTTransformer2DModel, scheduler_config: dict[str, Any]) -> None:
-        super().__init__()
+        super().__init__(network, scheduler_config)
         self.network = network
         self.config = dict(network.config)
         size = int(network.config.sample_size)
@@ -48,16 +47,6 @@ class DiTAdapter(Adapter):
             return self._queues[index].pop(0) if self._queues else output
 
         return hook
-
-    @classmethod
-    def load(cls, network_dir: Path, scheduler_config: dict[str, Any]) -> DiTAdapter:
-        try:
-            network = DiTTransformer2DModel.from_pretrained(network_dir, use_safetensors=True, torch_dtype=torch.float32)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise InputError(
-                f"expected DiTTransformer2DModel weights as safetensors in {network_dir}; {str(error).splitlines()[0]}"
-            ) from None
-        return cls(network, scheduler_config)
 
     def embeddings(self, timestep: torch.Tensor) -> tuple[torch.Tensor, ...]:
         found = [embedder.timestep_embedder(embedder.time_proj(timestep)) for embedder in self._embedders]

@@ -19,7 +19,8 @@ from mteo_deploy.bundle import MANIFEST, SCHEMA, Bundle, whole_directory, write_
 from mteo_deploy.embeddings import EmbeddingSet
 from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.base import Adapter, load_backbone, site_dict
-from mteo_deploy.exporters.compiler import OPTIONAL, Compiled, Options, compile_bundle
+from mteo_deploy.exporters.compiler import Compiled, compile_bundle
+from mteo_deploy.exporters.options import OPTIONAL, Options
 from mteo_deploy.plan import Plan, compile_plan, default_substeps, reference_plan, run
 from mteo_deploy.progress import reporter
 from mteo_deploy.realisations import NAMES

@@ -14,6 +14,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from mteo_deploy.exporters.constants import int64_constant
+
 EVALUATION, TABLE = "evaluation", "table"
 
 
@@ -64,20 +66,13 @@ def _row(model: ir.Model, names: Sequence[str]) -> NDArray[np.float32]:
     return np.concatenate(parts).astype(np.float32) if parts else np.zeros(0, np.float32)
 
 
-def _constant(graph: ir.Graph, name: str, values: NDArray[np.int64]) -> ir.Value:
-    value = ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(values.shape))
-    value.const_value = ir.tensor(values, name=name)
-    graph.register_initializer(value)
-    return value
-
-
 def _look_up(model: ir.Model, names: Sequence[str], width: int) -> None:
     """Replace the initialisers ``names`` by pieces of the table's row."""
     graph, floats = model.graph, ir.TensorType(ir.DataType.FLOAT)
     index = ir.Value(name=EVALUATION, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([]))
     table = ir.Value(name=TABLE, type=floats, shape=ir.Shape(["evaluations", width]))
     graph.inputs.extend([index, table])
-    sizes = _constant(graph, "table/sizes", np.array([_tensor(model, name).size for name in names], np.int64))
+    sizes = int64_constant(graph, "table/sizes", [_tensor(model, name).size for name in names])
     row = ir.node("Gather", [table, index], {"axis": 0}, name="table/row")
     cut = ir.node("Split", [row.outputs[0], sizes], {"axis": 0}, num_outputs=len(names), name="table/cut")
     row.outputs[0].name = "table/row"
@@ -86,11 +81,7 @@ def _look_up(model: ir.Model, names: Sequence[str], width: int) -> None:
         old = graph.initializers[name]
         shape = tuple(_tensor(model, name).shape)
         piece.name, piece.type = f"table/{name}/flat", floats
-        target = (
-            _constant(graph, f"table/shape_{'x'.join(map(str, shape))}", np.array(shape, np.int64))
-            if (f"table/shape_{'x'.join(map(str, shape))}" not in graph.initializers)
-            else graph.initializers[f"table/shape_{'x'.join(map(str, shape))}"]
-        )
+        target = int64_constant(graph, f"table/shape_{'x'.join(map(str, shape))}", shape)
         view = ir.node("Reshape", [piece, target], name=f"table/{name}")
         view.outputs[0].name, view.outputs[0].type, view.outputs[0].shape = f"table/{name}", floats, ir.Shape(shape)
         old.replace_all_uses_with(view.outputs[0])

@@ -5,7 +5,6 @@ A class embedding, where the model has one, is added to each site's embedding be
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,10 +20,11 @@ class UNet2DAdapter(Adapter):
     """``UNet2DModel``, unconditional or with class labels, with sinusoidal or Fourier time embedding."""
 
     family = "UNet2DModel"
+    network_class = UNet2DModel
     network: UNet2DModel
 
     def __init__(self, network: UNet2DModel, scheduler_config: dict[str, Any]) -> None:
-        super().__init__()
+        super().__init__(network, scheduler_config)
         classes = network.class_embedding
         if classes is not None and not isinstance(classes, torch.nn.Embedding):
             raise InputError(
@@ -57,16 +57,6 @@ class UNet2DAdapter(Adapter):
             return (hidden, given if self._added is None else given + self._added), {}
 
         return hook
-
-    @classmethod
-    def load(cls, network_dir: Path, scheduler_config: dict[str, Any]) -> UNet2DAdapter:
-        try:
-            network = UNet2DModel.from_pretrained(network_dir, use_safetensors=True, torch_dtype=torch.float32)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise InputError(
-                f"expected UNet2DModel weights as safetensors in {network_dir}; {str(error).splitlines()[0]}"
-            ) from None
-        return cls(network, scheduler_config)
 
     def embeddings(self, timestep: torch.Tensor) -> tuple[torch.Tensor, ...]:
         projected = self.network.time_proj(timestep)

@@ -98,10 +98,11 @@ def test_inspect(what: str, tiny_bundle: Path, tiny_embeddings: Path) -> None:
     assert "plan: euler, 3 steps, polynomial schedule" in text and "1,536 numbers" in text
 
 
-def test_doctor() -> None:
+def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
     found = {entry["engine"]: entry for entry in json.loads(call("doctor", "--json").stdout)}
     assert found["onnxruntime"]["devices"] == ["cpu"] and found["onnxruntime"]["precisions"] == ["fp32"]
-    assert found["tensorrt"].get("devices") or "problem" in found["tensorrt"]
+    assert "pip install 'mteo-deploy[tensorrt]'" in found["tensorrt"]["problem"]
     assert f"onnxruntime {found['onnxruntime']['version']}: fp32" in call("doctor").stdout
 
 
