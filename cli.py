@@ -314,21 +314,45 @@ def sample(
 @click.option("--batch", type=int, default=1, show_default=True, help="Images per engine call in the latency part.")
 @click.option("--seconds", type=float, default=3.0, show_default=True, help="Time for the latency part; 0 leaves it out.")
 @click.option("--max-p50-ms", type=float, help="Budget: median time to sample one batch, in ms.")
+@click.option("--max-p99-ms", type=float, help="Budget: its 99th percentile.")
 @click.option("--max-overhead", type=float, help="Budget: evaluations over time-conditioned ones, e.g. 0.02.")
-@click.option("-o", "--output", type=PATH, help="Write report.json here; with .html, a page.")
+@click.option("--max-error", type=float, help="Budget: relative error of the images against torch's.")
+@click.option("--budgets", "budget_file", type=PATH, help="TOML file of budgets, e.g. max_p50_ms = 25; options go before it.")
+@click.option("--against", type=PATH, help="An older report.json: fail where this one is worse.")
+@click.option("-o", "--output", type=PATH, help="Write report.json here; with .html a page, with .xml JUnit's XML.")
 @json_option
 @quiet_option
 @_verb
-def verify(bundle: Path, output: Path | None, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Check numbers against the stored torch reference, canaries, latency and budgets.
+def verify(
+    bundle: Path,
+    output: Path | None,
+    budget_file: Path | None,
+    against: Path | None,
+    max_p50_ms: float | None,
+    max_p99_ms: float | None,
+    max_overhead: float | None,
+    max_error: float | None,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Check numbers against the stored torch reference, canaries, latency, budgets and an older report.
 
     Exit code 1 when something is wrong.
 
+    \b
     Example:  mteo-deploy verify bundle --max-overhead 0.02 -o report.json
+              mteo-deploy verify bundle --budgets budgets.toml --against report.json -o junit.xml
     """
+    from mteo_deploy.gates import Budgets
+    from mteo_deploy.report import Report
     from mteo_deploy.verification import verify as run
 
-    report = run(bundle, quiet=quiet or as_json, **options)
+    budgets = (Budgets.read(budget_file) if budget_file else Budgets()).override(
+        max_p50_ms=max_p50_ms, max_p99_ms=max_p99_ms, max_overhead=max_overhead, max_error=max_error
+    )
+    older = Report.read(against) if against else None
+    report = run(bundle, quiet=quiet or as_json, budgets=budgets, older=older, **options)
     if output:
         report.save(output)
     if as_json:

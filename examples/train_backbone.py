@@ -92,6 +92,25 @@ def make_model(args: argparse.Namespace) -> torch.nn.Module:
     )
 
 
+def load_model(args: argparse.Namespace, pipeline: Path) -> torch.nn.Module:
+    model = make_model(args)
+    model.load_state_dict(load_file(pipeline / "unet" / "diffusion_pytorch_model.safetensors"))
+    return model
+
+
+class Guided:
+    """What a student of autoguidance learns (Karras et al. 2024, arXiv 2406.02507, equation 1): the prediction of a good
+    backbone, moved away from that of a worse one of the same kind, ``worse + guidance * (good - worse)``."""
+
+    def __init__(self, good: torch.nn.Module, worse: torch.nn.Module, guidance: float) -> None:
+        self.good, self.worse, self.guidance = good.eval(), worse.eval(), guidance
+
+    @torch.no_grad()
+    def __call__(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        good, worse = self.good(x, t).sample.float(), self.worse(x, t).sample.float()
+        return worse + self.guidance * (good - worse)
+
+
 def make_scheduler():
     from diffusers import DDPMScheduler
 
@@ -141,7 +160,8 @@ def train(args: argparse.Namespace, images: torch.Tensor, bar: Progress) -> tupl
     torch.manual_seed(args.seed)
     model = make_model(args)
     if args.init:
-        model.load_state_dict(load_file(args.init / "unet" / "diffusion_pytorch_model.safetensors"))
+        model.load_state_dict(load_model(args, args.init).state_dict())
+    guided = Guided(load_model(args, args.init), load_model(args, args.guide), args.guidance) if args.guide else None
     ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, betas=(0.9, 0.99))
     checkpoint = Checkpoint(args.output / "checkpoint.safetensors", model, ema, optimizer)
@@ -158,8 +178,9 @@ def train(args: argparse.Namespace, images: torch.Tensor, bar: Progress) -> tupl
         t = draw_timesteps(args.timesteps, len(alphas_cumprod), args.batch, generator)
         alpha_bar = alphas_cumprod[t].view(-1, 1, 1, 1)
         with torch.autocast("cpu", torch.bfloat16, enabled=args.autocast), sdpa_kernel(SDPBackend.MATH):
-            prediction = model(alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise, t).sample
-        loss = (prediction.float() - noise).square().mean()
+            x = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
+            prediction, target = model(x, t).sample, noise if guided is None else guided(x, t)
+        loss = (prediction.float() - target).square().mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -188,6 +209,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("data", type=Path, help="image folder, zip or tar of one, or npz")
     parser.add_argument("-o", "--output", type=Path, required=True, help="run directory; the pipeline goes to OUTPUT/pipeline")
     parser.add_argument("--init", type=Path, help="pipeline directory of the same architecture to start from")
+    parser.add_argument("--guide", type=Path, help="worse pipeline to be guided away from: learn INIT's autoguided prediction")
+    parser.add_argument("--guidance", type=float, default=2.5, help="weight of autoguidance; 1 is INIT itself")
     parser.add_argument("--size", type=int, default=28, help="height and width in pixels")
     parser.add_argument("--channels", type=int, default=1, choices=(1, 3))
     parser.add_argument("--block-out-channels", type=int, nargs="+", default=[32, 64, 96])
@@ -207,7 +230,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--fp16", action="store_true", help="store the weights in half precision")
     parser.add_argument("--checkpoint-every", type=int, default=500)
     parser.add_argument("--threads", type=int, default=None)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.guide and not args.init:
+        parser.error("--guide wants --init: the backbone that is guided")
+    return args
 
 
 def main() -> None:

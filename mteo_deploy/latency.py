@@ -1,53 +1,148 @@
 """Latency: interleaved comparison of two callables, with medians and a bootstrap interval on their ratio.
 
-A and B alternate in pairs, in random order within a pair, so that a machine that slows down slows both.
+A and B alternate in pairs, in random order within a pair, so that a machine that slows down slows both. What makes a result
+doubtful (another program on the processors, a drift, a clock too coarse) is measured in the same run and said with it.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+BUSY = 0.10
+"""Share of the processors used by other programs from which a measurement is called doubtful."""
+
+DRIFT = 0.10
+"""Change of the median from the first third of a run to its last from which a measurement is called doubtful."""
+
+CLOCK_TICKS = 1000
+"""Resolutions of the clock that a median should last."""
+
 
 @dataclass(frozen=True)
 class Comparison:
-    """Times in milliseconds and the ratio A/B of paired runs with its 95 % bootstrap interval."""
+    """Times in milliseconds and the ratio A/B of paired runs with its 95 % bootstrap interval.
+
+    Attributes:
+        a_cv: coefficient of variation of A's times: standard deviation over mean.
+        drift: median of a pair's time in the last third of the run over the first third's, less one.
+        busy: share of the processors that other programs used during the run; None where the platform does not tell.
+        resolution: of the clock, in milliseconds.
+        ratios: of every pair, in order.
+    """
 
     a_p50: float
     a_p90: float
+    a_p95: float
     a_p99: float
+    a_cv: float
     b_p50: float
     ratio: float
     ratio_low: float
     ratio_high: float
     pairs: int
+    drift: float
+    busy: float | None
+    resolution: float
+    ratios: tuple[float, ...]
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+    @property
+    def doubts(self) -> list[str]:
+        """Why the times are not to be trusted, in words; empty when nothing speaks against them."""
+        found = []
+        if self.busy is not None and self.busy > BUSY:
+            found.append(f"other programs used {self.busy:.0%} of the processors")
+        if abs(self.drift) > DRIFT:
+            found.append(f"times changed by {self.drift:+.0%} during the run: load or throttling")
+        if min(self.a_p50, self.b_p50) < CLOCK_TICKS * self.resolution:
+            found.append(f"medians of less than {CLOCK_TICKS} ticks of the clock")
+        return found
+
+    def to_json(self, ratios: bool = False) -> dict[str, Any]:
+        """Every figure and ``doubts``; with ``ratios`` those of every pair too."""
+        found = asdict(self) | {"doubts": self.doubts}
+        found["ratios"] = [round(ratio, 6) for ratio in self.ratios]
+        if not ratios:
+            del found["ratios"]
+        return found
 
 
 def bootstrap_median(values: NDArray[np.float64], resamples: int = 2000, seed: int = 0) -> tuple[float, float, float]:
     """Median and its 95 % percentile-bootstrap interval (Efron & Tibshirani 1993, chapter 13)."""
-    generator = np.random.default_rng(seed)
-    medians = np.median(values[generator.integers(len(values), size=(resamples, len(values)))], axis=1)
-    low, high = np.percentile(medians, [2.5, 97.5])
+    low, high = np.percentile(_medians(values, resamples, np.random.default_rng(seed)), [2.5, 97.5])
     return float(np.median(values)), float(low), float(high)
+
+
+def bootstrap_quotient(
+    new: NDArray[np.float64], old: NDArray[np.float64], level: float = 0.99, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Median of ``new`` over median of ``old``, two independent samples, and its percentile-bootstrap interval."""
+    generator = np.random.default_rng(seed)
+    quotients = _medians(new, resamples, generator) / _medians(old, resamples, generator)
+    low, high = np.quantile(quotients, [(1 - level) / 2, (1 + level) / 2])
+    return float(np.median(new) / np.median(old)), float(low), float(high)
+
+
+def _medians(values: NDArray[np.float64], resamples: int, generator: np.random.Generator) -> NDArray[np.float64]:
+    return np.asarray(np.median(values[generator.integers(len(values), size=(resamples, len(values)))], axis=1))
+
+
+def _processor_seconds() -> tuple[float, float] | None:
+    """Seconds that all processors were at work since the start of the machine, and this process's part; None if unknown."""
+    try:
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+        user, nice, system, _, _, irq, softirq, steal = map(int, fields)
+    except (OSError, ValueError):
+        return None
+    own = os.times()
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK"), own.user + own.system
+
+
+class _Others:
+    """Measures from its making on what share of the processors other programs use."""
+
+    def __init__(self) -> None:
+        self.start, self.clock = _processor_seconds(), time.perf_counter()
+
+    def share(self) -> float | None:
+        now = _processor_seconds()
+        if now is None or self.start is None:
+            return None
+        work = (now[0] - self.start[0]) - (now[1] - self.start[1])
+        return max(0.0, work / ((time.perf_counter() - self.clock) * (os.cpu_count() or 1)))
+
+
+def _warm_up(a: Callable[[], object], b: Callable[[], object], seconds: float) -> None:
+    """Run pairs until the medians of two blocks of three in a row agree within 5 %, for ``seconds`` at most."""
+    end, previous = time.perf_counter() + seconds, float("inf")
+    while True:
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            a()
+            b()
+            times.append(time.perf_counter() - start)
+        median = float(np.median(times))
+        if abs(median / previous - 1) < 0.05 or time.perf_counter() > end:
+            return
+        previous = median
 
 
 def compare(a: Callable[[], object], b: Callable[[], object], *, seconds: float = 2.0, pairs: int = 200) -> Comparison:
     """Time ``a`` against ``b`` until ``seconds`` have passed or ``pairs`` pairs are done (at least 10 pairs).
 
-    The median of the per-pair ratios is reported: it is robust to a drift that both share.
+    Both run beforehand until their times are stable. The median of the per-pair ratios is reported: it is robust to a drift
+    that both share.
     """
-    for _ in range(3):
-        a()
-        b()
-    order = np.random.default_rng(0)
+    _warm_up(a, b, seconds / 2)
+    order, others = np.random.default_rng(0), _Others()
     times: list[tuple[float, float]] = []
     end = time.perf_counter() + seconds
     while len(times) < 10 or (len(times) < pairs and time.perf_counter() < end):
@@ -57,7 +152,24 @@ def compare(a: Callable[[], object], b: Callable[[], object], *, seconds: float 
             (a, b)[which]()
             pair[which] = time.perf_counter() - start
         times.append((pair[0], pair[1]))
+    busy = others.share()
     table = np.asarray(times) * 1e3
-    ratio, low, high = bootstrap_median(table[:, 0] / table[:, 1])
-    p50, p90, p99 = np.percentile(table[:, 0], [50, 90, 99])
-    return Comparison(float(p50), float(p90), float(p99), float(np.median(table[:, 1])), ratio, low, high, len(times))
+    ratios, third = table[:, 0] / table[:, 1], len(table) // 3
+    ratio, low, high = bootstrap_median(ratios)
+    p50, p90, p95, p99 = (float(value) for value in np.percentile(table[:, 0], [50, 90, 95, 99]))
+    return Comparison(
+        a_p50=p50,
+        a_p90=p90,
+        a_p95=p95,
+        a_p99=p99,
+        a_cv=float(table[:, 0].std() / table[:, 0].mean()),
+        b_p50=float(np.median(table[:, 1])),
+        ratio=ratio,
+        ratio_low=low,
+        ratio_high=high,
+        pairs=len(times),
+        drift=float(np.median(table[-third:].sum(axis=1)) / np.median(table[:third].sum(axis=1)) - 1),
+        busy=busy,
+        resolution=time.get_clock_info("perf_counter").resolution * 1e3,
+        ratios=tuple(float(value) for value in ratios),
+    )

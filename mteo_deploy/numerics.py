@@ -32,6 +32,31 @@ def relative_error(found: Array, expected: Array) -> float:
     return float(np.sqrt(np.mean(difference**2)) / max(np.sqrt(np.mean(expected.astype(np.float64) ** 2)), 1e-12))
 
 
+def psnr(found: Array, expected: Array) -> float:
+    """Peak signal-to-noise ratio in decibels; the peak is the range of the values expected."""
+    with np.errstate(invalid="ignore"):
+        error = float(np.sqrt(np.mean((found.astype(np.float64) - expected) ** 2)))
+    if not np.isfinite(error):
+        return float("-inf")
+    return 20 * float(np.log10(max(float(np.ptp(expected)), 1e-12) / max(error, 1e-12)))
+
+
+def worst_region(found: Array, expected: Array, tiles: int = 4) -> str:
+    """Where in ``[batch, channels, height, width]`` the squared error is largest: image, channel, and which tile of each.
+
+    Args:
+        tiles: how many tiles an image is cut into, per side.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):
+        error = (found.astype(np.float64) - expected) ** 2
+    error = np.where(np.isfinite(error), error, np.inf)
+    edges = [np.unique(np.linspace(0, size, tiles + 1).round().astype(int)) for size in error.shape[2:]]
+    sums = np.add.reduceat(np.add.reduceat(error, edges[0][:-1], axis=2), edges[1][:-1], axis=3)
+    image, channel, *tile = np.unravel_index(int(sums.argmax()), sums.shape)
+    rows, columns = (f"{edge[i]}-{edge[i + 1] - 1}" for edge, i in zip(edges, tile, strict=True))
+    return f"image {image}, channel {channel}, rows {rows}, columns {columns}"
+
+
 @dataclass(frozen=True)
 class Check:
     """One thing that was checked: passed or not, and the figures behind it in words."""
@@ -56,11 +81,15 @@ def evaluation_checks(sampler: Sampler, tolerance: float) -> list[Check]:
     for i in range(len(plan.evaluations)):
         history = [kept[j] for j in range(i - 1, -1, -1)]
         next_state, kept_now = sampler.step(i, first if i == 0 else states[i - 1], history, request)
-        errors = [relative_error(next_state, states[i])]
+        outputs = {"next state": (next_state, states[i])}
         if kept_now is not None:
-            errors.append(relative_error(kept_now, kept[i]))
-        worst = max(errors)
-        checks.append(Check(f"evaluation {i}", worst <= tolerance, f"relative error {worst:.1e} (allowed {tolerance:.0e})"))
+            outputs["kept"] = (kept_now, kept[i])
+        errors = {name: relative_error(*pair) for name, pair in outputs.items()}
+        worst = max(errors, key=errors.__getitem__)
+        detail = f"relative error {errors[worst]:.1e} (allowed {tolerance:.0e})"
+        if not errors[worst] <= tolerance:
+            detail += f"; most of it in {worst}, {worst_region(*outputs[worst])}"
+        checks.append(Check(f"evaluation {i}", errors[worst] <= tolerance, detail))
     return checks
 
 
@@ -73,17 +102,29 @@ def trajectory_check(sampler: Sampler, tolerance: float) -> Check:
     worst = int(np.argmax(errors))
     detail = f"worst after evaluation {worst}: {errors[worst]:.1e} (allowed {tolerance:.0e})"
     if over:
-        detail += f"; first over it: evaluation {over[0]}"
-    return Check("trajectory", not over, detail)
+        detail += f"; first over it: evaluation {over[0]}, {worst_region(found[over[0]], reference['states'][over[0]])}"
+    return Check("trajectory", not over, f"{detail}; images {psnr(found[-1], reference['states'][-1]):.0f} dB")
+
+
+def image_error(sampler: Sampler) -> float:
+    """Relative error of the images drawn from the stored noise."""
+    reference = sampler.bundle.reference()
+    found = sampler.states(reference["noise"], sampler.bundle.reference_requests(len(reference["noise"])))
+    return relative_error(found[-1], reference["states"][-1])
 
 
 def canaries(sampler: Sampler, tolerance: float, batch: int = 4) -> list[Check]:
-    """Faults that a table of latencies does not show."""
+    """Faults that a table of latencies does not show.
+
+    The images of one seed are drawn three times: at first, by a second sampler with sessions of its own, and by the first one
+    again after that, after another seed and after another batch size.
+    """
     requests = sampler.bundle.reference_requests(batch)
     images = sampler(num=batch, seed=11, batch=batch, requests=requests)
     others = sampler(num=batch, seed=12, batch=batch, requests=requests)
-    again = sampler(num=batch, seed=11, batch=batch, requests=requests)
     single = sampler(num=batch, seed=11, batch=1, requests=requests)
+    beside = sampler.reopen()(num=batch, seed=11, batch=batch, requests=requests)
+    again = sampler(num=batch, seed=11, batch=batch, requests=requests)
     with np.errstate(invalid="ignore", over="ignore"):  # infinite images fail below, by name
         spread = float(images.std(axis=(1, 2, 3)).min())
     bad = int((~np.isfinite(images)).sum())
@@ -91,13 +132,18 @@ def canaries(sampler: Sampler, tolerance: float, batch: int = 4) -> list[Check]:
     by_image = min(relative_error(images[i], images[0]) for i in range(1, batch))
     with np.errstate(invalid="ignore"):
         repeat = float(np.abs(again - images).max())
-    by_batch = relative_error(single, images)
+    by_batch, by_session = relative_error(single, images), relative_error(beside, images)
     return [
         Check("finite", bad == 0, f"{bad} values are NaN or infinite"),
         Check("not flat", spread > 1e-3, f"smallest standard deviation within an image {spread:.3g}"),
         Check("seed matters", by_seed > 1e-2, f"relative difference between two seeds {by_seed:.3g}"),
         Check("images differ", by_image > 1e-2, f"smallest relative difference within a batch {by_image:.3g}"),
-        Check("repeatable", repeat == 0.0, f"largest difference between two runs {repeat:.3g}"),
+        Check("repeatable", repeat == 0.0, f"largest difference between two runs, with others between them, {repeat:.3g}"),
+        Check(
+            "second session",
+            by_session <= tolerance,
+            f"relative difference between two samplers side by side {by_session:.1e} (allowed {tolerance:.0e})",
+        ),
         Check(
             "batch size",
             by_batch <= tolerance,

@@ -58,6 +58,7 @@ class Sampler:
     ) -> None:
         self.bundle, self.built = bundle, built
         self.plan = (tables or bundle).plan
+        self._arguments = (bundle, open_graph, realisation, tables, built)
         batch = bundle.manifest["batch"]
         if batch != "dynamic":
             fixed = open_graph
@@ -105,6 +106,10 @@ class Sampler:
             return built.backend.open(bundle, graph, built.device, built.options, built.directory)
 
         return cls(bundle, open_graph, realisation or ("table" if other else built.record["realisation"]), other, built)
+
+    def reopen(self) -> Sampler:
+        """A second sampler of the same kind, with engine sessions of its own."""
+        return Sampler(*self._arguments)
 
     @property
     def precision(self) -> str:

@@ -144,6 +144,19 @@ def test_verify_text_and_exit_codes(tiny_bundle: Path, tmp_path: Path) -> None:
     assert budget.exit_code == 1 and "NOT verified: budget p50" in budget.stdout
 
 
+def test_verify_budget_file_and_older_report(tiny_bundle: Path, tmp_path: Path) -> None:
+    budgets, report = tmp_path / "budgets.toml", tmp_path / "report.json"
+    budgets.write_text("max_p50_ms = 0.0001\n")
+    found = call("verify", tiny_bundle, "--seconds", 0.1, "--budgets", budgets, "-o", tmp_path / "junit.xml")
+    assert found.exit_code == 1 and "NOT verified: budget p50" in found.stdout
+    assert 'failures="1"' in (tmp_path / "junit.xml").read_text()
+    assert call("verify", tiny_bundle, "--seconds", 0.1, "--budgets", budgets, "--max-p50-ms", 1e6, "-o", report).exit_code == 0
+    again = call("verify", tiny_bundle, "--seconds", 0.1, "--against", report, "-q")
+    assert "no slower: step" in again.stdout and "no slower: sample" in again.stdout
+    assert "report.json" in refused("verify", tiny_bundle, "--against", tiny_bundle / "manifest.json")
+    assert "nothing.toml" in refused("verify", tiny_bundle, "--budgets", tiny_bundle / "nothing.toml")
+
+
 def test_bad_input_is_one_line_and_exit_code_2(tiny_model: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert "expected a bundle" in refused("sample", tmp_path, "-o", out)

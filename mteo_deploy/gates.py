@@ -1,0 +1,119 @@
+"""What ``verify`` holds a bundle to beside its correctness: budgets, and an older report."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mteo_deploy.errors import InputError
+from mteo_deploy.latency import bootstrap_quotient
+from mteo_deploy.numerics import Check
+from mteo_deploy.report import Report
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """What is allowed; None for no limit.
+
+    Attributes:
+        max_p50_ms: median time to sample one batch, in milliseconds.
+        max_p99_ms: its 99th percentile.
+        max_overhead: the evaluations over the time-conditioned ones, e.g. 0.02; missed only when the whole 95 % interval
+            lies above it.
+        max_error: relative error of the images against torch's, where it should be below the precision's own tolerance.
+    """
+
+    max_p50_ms: float | None = None
+    max_p99_ms: float | None = None
+    max_overhead: float | None = None
+    max_error: float | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> Budgets:
+        """Read a TOML file whose keys are the names above.
+
+        Raises:
+            InputError: for a file that is no TOML, a key that is no budget, or a value that is no number.
+        """
+        try:
+            found = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError(f"expected a TOML file of budgets at {path}; {error.strerror}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise InputError(f"expected {path} to be TOML; {error}") from None
+        names = [field.name for field in fields(cls)]
+        for name, value in found.items():
+            if name not in names:
+                raise InputError(f"{path}: expected budgets named {', '.join(names)}; found {name!r}")
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise InputError(f"{path}: expected {name} to be a number; found {value!r}")
+        return cls(**found)
+
+    def override(self, **given: float | None) -> Budgets:
+        """These budgets, with those of ``given`` that are not None in their place."""
+        return Budgets(**{**asdict(self), **{name: value for name, value in given.items() if value is not None}})
+
+    @property
+    def need_latency(self) -> bool:
+        return any(limit is not None for limit in (self.max_p50_ms, self.max_p99_ms, self.max_overhead))
+
+    def checks(self, error: float, latency: dict[str, Any]) -> list[Check]:
+        """One check per limit.
+
+        Args:
+            error: relative error of the images.
+            latency: as :attr:`Report.latency`.
+        """
+        doubts = f"; unreliable: {'; '.join(latency['doubts'])}" if latency.get("doubts") else ""
+        found = []
+        for name, limit in (("p50", self.max_p50_ms), ("p99", self.max_p99_ms)):
+            if limit is not None:
+                took = latency["loop"][f"a_{name}"]
+                detail = f"one batch takes {took:.2f} ms (allowed {limit} ms){doubts}"
+                found.append(Check(f"budget {name}", took <= limit, detail))
+        if self.max_overhead is not None:
+            ratio, low = latency["step"]["ratio"] - 1, latency["step"]["ratio_low"] - 1
+            detail = (
+                f"{latency['realisation']} over time-conditioned: {ratio:+.1%}, at least {low:+.1%} "
+                f"(allowed {self.max_overhead:+.1%}){doubts}"
+            )
+            found.append(Check("budget overhead", low <= self.max_overhead, detail))
+        if self.max_error is not None:
+            detail = f"relative error of the images {error:.1e} (allowed {self.max_error:.1e})"
+            found.append(Check("budget error", error <= self.max_error, detail))
+        return found
+
+
+def against(old: Report, new: Report) -> list[Check]:
+    """Is ``new`` worse than ``old``?
+
+    Times of two runs do not compare: the machine is another, or busy with something else. Both runs hold the ratio to the
+    time-conditioned network of the same minute, and that compares: a regression is where the whole 99 % bootstrap interval of
+    the quotient of the two medians lies above one.
+
+    Raises:
+        InputError: when the two reports are not of the same thing (engine, device, precision, batch or evaluations differ),
+            or one has no latency part.
+    """
+    for name in ("engine", "device", "precision"):
+        before, now = getattr(old, name), getattr(new, name)
+        if before != now:
+            raise InputError(
+                f"expected an older report of {name} {now}; found {before}; compare with a report of the same {name}"
+            )
+    if not (old.latency and new.latency):
+        raise InputError("expected two reports with a latency part; found one without; use --seconds above 0 in both")
+    for name in ("batch", "evaluations"):
+        if old.latency[name] != new.latency[name]:
+            raise InputError(f"expected an older report of {name} {new.latency[name]}; found {old.latency[name]}")
+    checks = []
+    for name in ("step", "sample"):
+        samples = [np.asarray(report.latency[name]["ratios"]) for report in (new, old)]
+        quotient, low, high = bootstrap_quotient(samples[0], samples[1])
+        detail = f"{quotient - 1:+.1%} against the older report [{low - 1:+.1%}, {high - 1:+.1%}], both over time-conditioned"
+        checks.append(Check(f"no slower: {name}", low <= 1, detail))
+    return checks
