@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +28,27 @@ class Session(Protocol):
 
     def save(self, directory: Path, graph: str) -> None:
         """Leave what opens this graph faster next time; nothing, where an engine has no such thing."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer as the engine runs it, which may be several nodes of the graph in one.
+
+    Attributes:
+        kind: the engine's name for what it does, e.g. ``Conv``.
+        times: of every run, in milliseconds.
+    """
+
+    name: str
+    kind: str
+    times: list[float] = field(default_factory=list)
+
+
+class ProfiledSession(Session, Protocol):
+    """A session that tells the time of its layers."""
+
+    def layers(self) -> list[Layer]:
+        """Every layer that ran since the session was opened, in order; ends the profiling."""
 
 
 class Backend(Protocol):
@@ -65,6 +87,13 @@ class Backend(Protocol):
 
         Raises:
             EngineError: when the engine refuses the graph, or would run it on another device.
+        """
+
+    def profile(self, bundle: Bundle, graph: str, device: str, options: Mapping[str, Any], batch: int) -> ProfiledSession:
+        """Open one graph so that its layers are timed, for runs of ``batch`` images.
+
+        Raises:
+            EngineError: as :meth:`open`, and by an engine that does not tell.
         """
 
 

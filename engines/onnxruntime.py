@@ -11,7 +11,9 @@ run. On two cores that made a loop of four evaluations about twice as fast at ba
 
 from __future__ import annotations
 
+import json
 import platform
+import tempfile
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -21,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mteo_deploy.bundle import Bundle
+from mteo_deploy.engines.base import Layer
 from mteo_deploy.errors import EngineError, MissingPackageError
 
 PROVIDERS = {"cpu": "CPUExecutionProvider"}
@@ -67,6 +70,24 @@ class OnnxRuntimeSession:
         """Nothing: see the module."""
 
 
+class OnnxRuntimeProfiledSession(OnnxRuntimeSession):
+    """A session that writes its profile into a directory of its own, which goes when the profile has been read."""
+
+    def __init__(self, session: Any, directory: tempfile.TemporaryDirectory[str]) -> None:
+        super().__init__(session)
+        self._directory = directory
+
+    def layers(self) -> list[Layer]:
+        events = json.loads(Path(self._session.end_profiling()).read_text(encoding="utf-8"))
+        self._directory.cleanup()
+        found: dict[str, Layer] = {}
+        for event in events:
+            if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+                name = event["name"].removesuffix("_kernel_time")
+                found.setdefault(name, Layer(name, event["args"]["op_name"])).times.append(event["dur"] / 1e3)
+        return list(found.values())
+
+
 class OnnxRuntimeBackend:
     name = "onnxruntime"
     extra = "cpu"
@@ -85,12 +106,26 @@ class OnnxRuntimeBackend:
     def open(
         self, bundle: Bundle, graph: str, device: str, options: Mapping[str, Any], built: Path | None = None
     ) -> OnnxRuntimeSession:
+        return OnnxRuntimeSession(self._session(bundle, graph, device, options))
+
+    def profile(
+        self, bundle: Bundle, graph: str, device: str, options: Mapping[str, Any], batch: int
+    ) -> OnnxRuntimeProfiledSession:
+        directory = tempfile.TemporaryDirectory(prefix="mteo-deploy-profile-")
+        session = self._session(bundle, graph, device, options, profile=str(Path(directory.name, "profile")))
+        return OnnxRuntimeProfiledSession(session, directory)
+
+    @staticmethod
+    def _session(bundle: Bundle, graph: str, device: str, options: Mapping[str, Any], profile: str | None = None) -> Any:
         onnxruntime = _package()
         if device not in PROVIDERS:
             raise EngineError(f"expected a device out of {', '.join(PROVIDERS)} for onnxruntime; found {device!r}")
         settings = onnxruntime.SessionOptions()
         settings.log_severity_level = 3
         settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+        if profile is not None:
+            settings.enable_profiling = True
+            settings.profile_file_prefix = profile
         if options.get("threads"):
             settings.intra_op_num_threads = int(options["threads"])
         settings.add_session_config_entry("session.force_spinning_stop", "1")
@@ -102,7 +137,7 @@ class OnnxRuntimeBackend:
             raise EngineError(f"onnxruntime could not open {graph}: {error}; export again or report the graph") from None
         if session.get_providers()[0] != PROVIDERS[device]:
             raise EngineError(f"expected {graph} on {device}; onnxruntime put it on {session.get_providers()[0]}")
-        return OnnxRuntimeSession(session)
+        return session
 
 
 BACKEND = OnnxRuntimeBackend()

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mteo_deploy.bundle import Bundle
-from mteo_deploy.engines.base import Session
+from mteo_deploy.engines.base import Layer, Session
 from mteo_deploy.engines.batches import SHARED, BatchSizes
 from mteo_deploy.errors import EngineError, MissingPackageError
 
@@ -61,6 +61,25 @@ class OpenVinoSession:
         path.write_bytes(self._compiled.export_model().getvalue())
 
 
+class OpenVinoProfiledSession(OpenVinoSession):
+    """A session that asks for the times of its layers after every run."""
+
+    def __init__(self, compiled: Any, size: int | None) -> None:
+        super().__init__(compiled, size)
+        self._found: dict[str, Layer] = {}
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[np.float32]]:
+        outputs = super().run(feeds)
+        for entry in self._request.get_profiling_info():
+            layer = self._found.setdefault(entry.node_name, Layer(entry.node_name, entry.node_type))
+            layer.times.append(entry.real_time.total_seconds() * 1e3)
+        return outputs
+
+    def layers(self) -> list[Layer]:
+        # what was fused into another layer is listed too, with no time; so is what took less than a microsecond this time
+        return [layer for layer in self._found.values() if any(layer.times)]
+
+
 def _file(graph: str, size: int | None) -> str:
     return f"{PurePosixPath(graph).stem}{'' if size is None else f'-{size}'}.blob"
 
@@ -84,6 +103,24 @@ class OpenVinoBackend:
         return f"{platform.machine()}, {core.get_property(name, 'FULL_DEVICE_NAME').strip()}, {can}"
 
     def open(self, bundle: Bundle, graph: str, device: str, options: Mapping[str, Any], built: Path | None = None) -> Session:
+        core, config = self._config(device, options)
+
+        def session(size: int | None) -> OpenVinoSession:
+            compiled = self._compiled(core, bundle, graph, DEVICES[device], config, size, built)
+            return OpenVinoSession(compiled, size)
+
+        sizes = options.get("batch")
+        return BatchSizes({size: session(size) for size in sizes}) if sizes else session(None)
+
+    def profile(
+        self, bundle: Bundle, graph: str, device: str, options: Mapping[str, Any], batch: int
+    ) -> OpenVinoProfiledSession:
+        core, config = self._config(device, options)
+        size = batch if options.get("batch") else None
+        compiled = self._compiled(core, bundle, graph, DEVICES[device], {**config, "PERF_COUNT": "YES"}, size, None)
+        return OpenVinoProfiledSession(compiled, size)
+
+    def _config(self, device: str, options: Mapping[str, Any]) -> tuple[Any, dict[str, str]]:
         core = _core()
         if device not in DEVICES or DEVICES[device] not in core.available_devices:
             raise EngineError(f"expected a device out of {', '.join(self.devices())} for openvino; found {device!r}")
@@ -93,13 +130,7 @@ class OpenVinoBackend:
         }
         if options.get("threads"):
             config["INFERENCE_NUM_THREADS"] = str(options["threads"])
-
-        def session(size: int | None) -> OpenVinoSession:
-            compiled = self._compiled(core, bundle, graph, DEVICES[device], config, size, built)
-            return OpenVinoSession(compiled, size)
-
-        sizes = options.get("batch")
-        return BatchSizes({size: session(size) for size in sizes}) if sizes else session(None)
+        return core, config
 
     @staticmethod
     def _compiled(

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mteo_deploy.bundle import Bundle
-from mteo_deploy.engines.base import Session
+from mteo_deploy.engines.base import ProfiledSession, Session
 from mteo_deploy.errors import EngineError, MissingPackageError
 
 DEFAULT_BATCH = (1, 16)
@@ -194,6 +194,11 @@ class TensorRtBackend:
         if path is not None and path.is_file():
             return TensorRtSession(self._shared, path.read_bytes(), graph)
         return TensorRtSession(self._shared, self._build(self._shared, bundle, graph, options), graph)
+
+    def profile(self, bundle: Bundle, graph: str, device: str, options: Mapping[str, Any], batch: int) -> ProfiledSession:
+        raise EngineError(
+            "tensorrt does not tell the times of its layers here yet; use trtexec --dumpProfile on the built plan"
+        )
 
     @staticmethod
     def _build(device: _Device, bundle: Bundle, graph: str, options: Mapping[str, Any]) -> bytes:

@@ -21,6 +21,7 @@ _PUBLIC = {
     "build": "mteo_deploy.engines.build",
     "Sampler": "mteo_deploy.sampler",
     "verify": "mteo_deploy.verification",
+    "profile": "mteo_deploy.profiling",
     "inspect": "mteo_deploy.inspection",
     "Bundle": "mteo_deploy.bundle",
     "EmbeddingSet": "mteo_deploy.embeddings",
@@ -41,6 +42,7 @@ __all__ = [
     "distill",
     "export",
     "inspect",
+    "profile",
     "verify",
 ]
 
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from mteo_deploy.exporters.export import export
     from mteo_deploy.inspection import inspect
     from mteo_deploy.plan import Plan, compile_plan
+    from mteo_deploy.profiling import profile
     from mteo_deploy.sampler import Sampler
     from mteo_deploy.verification import verify
 

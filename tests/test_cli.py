@@ -19,7 +19,7 @@ from mteo_deploy.cli import main
 from mteo_deploy.embeddings import EmbeddingSet
 from mteo_deploy.sampler import Sampler
 
-VERBS = ("distill", "export", "build", "sample", "verify", "inspect")
+VERBS = ("distill", "export", "build", "sample", "verify", "profile", "inspect")
 QUICK = ["--trajectories", "16", "--iterations", "2", "--batch", "8"]
 
 
@@ -155,6 +155,16 @@ def test_verify_budget_file_and_older_report(tiny_bundle: Path, tmp_path: Path) 
     assert "no slower: step" in again.stdout and "no slower: sample" in again.stdout
     assert "report.json" in refused("verify", tiny_bundle, "--against", tiny_bundle / "manifest.json")
     assert "nothing.toml" in refused("verify", tiny_bundle, "--budgets", tiny_bundle / "nothing.toml")
+
+
+def test_profile_text_and_trace(tiny_bundle: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "sample.trace.json"
+    found = call("profile", tiny_bundle, "--loops", 2, "--top", 3, "-o", trace)
+    assert found.exit_code == 0 and "convolution" in found.stdout and "time-conditioned" in found.stdout
+    assert json.loads(trace.read_text())["traceEvents"]
+    as_json = call("profile", tiny_bundle, "--loops", 2, "--json")
+    assert json.loads(as_json.stdout)["groups"]
+    assert "--loops" in refused("profile", tiny_bundle, "--loops", 0)
 
 
 def test_bad_input_is_one_line_and_exit_code_2(tiny_model: Path, tiny_bundle: Path, tmp_path: Path) -> None:
