@@ -23,7 +23,8 @@ GROUPS = {
     "norm": "InstanceNormalization GroupNorm GroupNormalization LayerNormalization SkipLayerNormalization RMSNormalization "
     "SimplifiedLayerNormalization ReduceMean MVN RMS RMSNorm",
     "activation": "Sigmoid QuickGelu Gelu FastGelu BiasGelu Silu Swish Erf Tanh Relu Elu",
-    "arithmetic": "Add Sub Mul Div Pow Sqrt Neg Exp Sin Cos Sum MulAdd PowerStatic Eltwise Subgraph Math",
+    "arithmetic": "Add Sub Subtract Mul Multiply Div Divide Pow Power Sqrt Neg Exp Sin Cos Sum MulAdd "
+    "PowerStatic Eltwise Subgraph Math",
     "layout and shape": "Reshape Transpose Concat Slice StridedSlice Gather Shape ShapeOf Expand Broadcast Squeeze Unsqueeze "
     "Split Cast Convert Identity Reorder ReorderInput ReorderOutput Tile Flatten ConstantOfShape Range Input Output Parameter "
     "Result Pad",
