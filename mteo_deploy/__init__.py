@@ -21,6 +21,7 @@ _PUBLIC = {
     "build": "mteo_deploy.engines.build",
     "Sampler": "mteo_deploy.sampler",
     "verify": "mteo_deploy.verification",
+    "Budgets": "mteo_deploy.gates",
     "profile": "mteo_deploy.profiling",
     "inspect": "mteo_deploy.inspection",
     "Bundle": "mteo_deploy.bundle",
@@ -31,6 +32,7 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "Budgets",
     "Bundle",
     "EmbeddingSet",
     "MteoError",
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from mteo_deploy.engines.build import build
     from mteo_deploy.errors import MteoError
     from mteo_deploy.exporters.export import export
+    from mteo_deploy.gates import Budgets
     from mteo_deploy.inspection import inspect
     from mteo_deploy.plan import Plan, compile_plan
     from mteo_deploy.profiling import profile

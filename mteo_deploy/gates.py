@@ -88,28 +88,37 @@ class Budgets:
         return found
 
 
+def check_comparable(old: Report, new: Report) -> None:
+    """Check that two reports are of the same thing.
+
+    Args:
+        new: of which only ``engine``, ``device``, ``precision`` and the latency part's ``batch`` and ``evaluations`` count.
+
+    Raises:
+        InputError: where one of these differs, or a report has no latency part.
+    """
+    if not (old.latency and new.latency):
+        raise InputError("expected two reports with a latency part; found one without; use --seconds above 0 in both")
+    pairs = {name: (getattr(old, name), getattr(new, name)) for name in ("engine", "device", "precision")}
+    pairs |= {name: (old.latency[name], new.latency[name]) for name in ("batch", "evaluations")}
+    for name, (before, now) in pairs.items():
+        if before != now:
+            raise InputError(
+                f"expected an older report of {name} {now}; found {before}; compare with a report of the same {name}"
+            )
+
+
 def against(old: Report, new: Report) -> list[Check]:
-    """Is ``new`` worse than ``old``?
+    """Is ``new`` slower than ``old``?
 
     Times of two runs do not compare: the machine is another, or busy with something else. Both runs hold the ratio to the
     time-conditioned network of the same minute, and that compares: a regression is where the whole 99 % bootstrap interval of
     the quotient of the two medians lies above one.
 
     Raises:
-        InputError: when the two reports are not of the same thing (engine, device, precision, batch or evaluations differ),
-            or one has no latency part.
+        InputError: as :func:`check_comparable`.
     """
-    for name in ("engine", "device", "precision"):
-        before, now = getattr(old, name), getattr(new, name)
-        if before != now:
-            raise InputError(
-                f"expected an older report of {name} {now}; found {before}; compare with a report of the same {name}"
-            )
-    if not (old.latency and new.latency):
-        raise InputError("expected two reports with a latency part; found one without; use --seconds above 0 in both")
-    for name in ("batch", "evaluations"):
-        if old.latency[name] != new.latency[name]:
-            raise InputError(f"expected an older report of {name} {new.latency[name]}; found {old.latency[name]}")
+    check_comparable(old, new)
     checks = []
     for name in ("step", "sample"):
         samples = [np.asarray(report.latency[name]["ratios"]) for report in (new, old)]

@@ -30,6 +30,7 @@ class Report:
         checks: numbers, canaries, budgets and comparison with an older report, each passed or not.
         latency: ``step``: the evaluations against the conditioned ones; ``sample``: the whole loop; ``loop``: the whole loop
             against its own engine calls; ``doubts``: why the times are not to be trusted.
+        environment: versions, machine and options it was found with.
     """
 
     bundle: str
@@ -38,6 +39,7 @@ class Report:
     precision: str
     checks: list[Check]
     latency: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -134,6 +136,8 @@ def page(*reports: Report, picture: Path | None = None, caption: str = "") -> st
         parts.append(f"<h2>{escape(where)}: {verdict}</h2>")
         parts.append(_checks(report))
         parts += [f"<p>{escape(line)}</p>" for line in report.latency_lines()]
+        rows = "".join(f"<tr><td>{escape(k)}</td><td>{escape(v)}</td></tr>" for k, v in report.environment.items())
+        parts.append(f"<table>{rows}</table>" if rows else "")
     body = "\n".join(parts)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>mteo-deploy report</title>'

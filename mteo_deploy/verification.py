@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from mteo_deploy import latency, numerics
+from mteo_deploy import __version__, latency, numerics
 from mteo_deploy.errors import InputError
-from mteo_deploy.gates import Budgets, against
+from mteo_deploy.gates import Budgets, against, check_comparable
 from mteo_deploy.numerics import Check
 from mteo_deploy.progress import reporter
 from mteo_deploy.report import Report
@@ -56,6 +58,20 @@ def measure(sampler: Sampler, batch: int, seconds: float) -> dict[str, Any]:
     }
 
 
+def environment(sampler: Sampler) -> dict[str, str]:
+    """Versions, machine and options, in words."""
+    found = {
+        "mteo-deploy": __version__,
+        "python": platform.python_version(),
+        "system": f"{platform.platform()}, {os.cpu_count()} processors",
+    }
+    if sampler.built is not None:
+        parts = sampler.built.record["parts"]
+        found |= {"engine": f"{parts['engine']} {parts['engine_version']}", "machine": parts["machine"]}
+        found["options"] = ", ".join(f"{name} {value}" for name, value in parts["options"].items())
+    return found
+
+
 def verify(
     bundle: Path | str | Sampler,
     *,
@@ -88,6 +104,12 @@ def verify(
     sampler = (
         bundle if isinstance(bundle, Sampler) else Sampler.load(bundle, engine=engine, device=device, realisation=realisation)
     )
+    if sampler.built is not None:
+        engine, device = sampler.built.backend.name, sampler.built.device
+    found = Report(sampler.bundle.path.name, engine, device or "cpu", sampler.precision, [], environment=environment(sampler))
+    if older is not None:  # said before the work, not after it
+        planned = {"batch": batch, "evaluations": len(sampler.plan.evaluations)} if seconds > 0 else {}
+        check_comparable(older, replace(found, latency=planned))
     tolerance = numerics.TOLERANCE[sampler.precision]
     measured: dict[str, Any] = {}
     checks: list[Check] = []
@@ -106,7 +128,5 @@ def verify(
             measured = measure(sampler, batch, seconds)
             report.advance(task, 1, "latency")
     checks += budgets.checks(numerics.image_error(sampler) if budgets.max_error is not None else 0.0, measured)
-    if sampler.built is not None:
-        engine, device = sampler.built.backend.name, sampler.built.device
-    found = Report(sampler.bundle.path.name, engine, device or "cpu", sampler.precision, checks, measured)
+    found = replace(found, checks=checks, latency=measured)
     return found if older is None else replace(found, checks=checks + against(older, found))

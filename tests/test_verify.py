@@ -228,8 +228,10 @@ def test_report_files(tiny_bundle: Path, tmp_path: Path) -> None:
     good = verify(tiny_bundle, seconds=0, quiet=True)
     bad = Report("<b>", "onnxruntime", "cpu", "fp32", [numerics.Check("a < b", False, "1 & 2")])
     for report, verdict in ((good, ": verified"), (bad, ": NOT verified")):
+        assert report is bad or {"engine", "machine", "python", "options"} <= report.environment.keys()
         report.save(tmp_path / "r" / "report.html")
         assert verdict in (tmp_path / "r" / "report.html").read_text()
+    assert good.environment["engine"] in page(good)
     assert "<b>" not in page(bad) and "a &lt; b" in page(bad)
     assert bad.to_json()["passed"] is False
 
