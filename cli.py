@@ -319,7 +319,7 @@ def sample(
 @click.option("--max-overhead", type=float, help="Budget: evaluations over time-conditioned ones, e.g. 0.02.")
 @click.option("--max-error", type=float, help="Budget: relative error of the images against torch's.")
 @click.option("--budgets", "budget_file", type=PATH, help="TOML file of budgets, e.g. max_p50_ms = 25; options go before it.")
-@click.option("--against", type=PATH, help="An older report.json: fail where this one is worse.")
+@click.option("--against", type=PATH, help="An older report.json: fail where this run is slower.")
 @click.option("-o", "--output", type=PATH, help="Write report.json here; with .html a page, with .xml JUnit's XML.")
 @json_option
 @quiet_option

@@ -112,7 +112,11 @@ class OnnxRuntimeBackend:
         self, bundle: Bundle, graph: str, device: str, options: Mapping[str, Any], batch: int
     ) -> OnnxRuntimeProfiledSession:
         directory = tempfile.TemporaryDirectory(prefix="mteo-deploy-profile-")
-        session = self._session(bundle, graph, device, options, profile=str(Path(directory.name, "profile")))
+        try:
+            session = self._session(bundle, graph, device, options, profile=str(Path(directory.name, "profile")))
+        except EngineError:
+            directory.cleanup()
+            raise
         return OnnxRuntimeProfiledSession(session, directory)
 
     @staticmethod

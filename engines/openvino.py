@@ -116,7 +116,10 @@ class OpenVinoBackend:
         self, bundle: Bundle, graph: str, device: str, options: Mapping[str, Any], batch: int
     ) -> OpenVinoProfiledSession:
         core, config = self._config(device, options)
-        size = batch if options.get("batch") else None
+        sizes = options.get("batch")
+        if sizes and batch not in sizes:
+            raise EngineError(f"expected --batch out of the sizes openvino was built for, {sizes}; found {batch}")
+        size = batch if sizes else None
         compiled = self._compiled(core, bundle, graph, DEVICES[device], {**config, "PERF_COUNT": "YES"}, size, None)
         return OpenVinoProfiledSession(compiled, size)
 

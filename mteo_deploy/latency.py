@@ -94,7 +94,7 @@ def _medians(values: NDArray[np.float64], resamples: int, generator: np.random.G
     return np.asarray(np.median(values[generator.integers(len(values), size=(resamples, len(values)))], axis=1))
 
 
-def _processor_seconds() -> tuple[float, float] | None:
+def processor_seconds() -> tuple[float, float] | None:
     """Seconds that all processors were at work since the start of the machine, and this process's part; None if unknown."""
     try:
         fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
@@ -105,14 +105,14 @@ def _processor_seconds() -> tuple[float, float] | None:
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK"), own.user + own.system
 
 
-class _Others:
+class OtherPrograms:
     """Measures from its making on what share of the processors other programs use."""
 
     def __init__(self) -> None:
-        self.start, self.clock = _processor_seconds(), time.perf_counter()
+        self.start, self.clock = processor_seconds(), time.perf_counter()
 
     def share(self) -> float | None:
-        now = _processor_seconds()
+        now = processor_seconds()
         if now is None or self.start is None:
             return None
         work = (now[0] - self.start[0]) - (now[1] - self.start[1])
@@ -142,7 +142,7 @@ def compare(a: Callable[[], object], b: Callable[[], object], *, seconds: float 
     that both share.
     """
     _warm_up(a, b, seconds / 2)
-    order, others = np.random.default_rng(0), _Others()
+    order, others = np.random.default_rng(0), OtherPrograms()
     times: list[tuple[float, float]] = []
     end = time.perf_counter() + seconds
     while len(times) < 10 or (len(times) < pairs and time.perf_counter() < end):

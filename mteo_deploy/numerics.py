@@ -93,24 +93,28 @@ def evaluation_checks(sampler: Sampler, tolerance: float) -> list[Check]:
     return checks
 
 
+def _free_running(sampler: Sampler) -> tuple[list[Array], Array]:
+    """The state after every evaluation from the stored noise, and torch's."""
+    reference = sampler.bundle.reference()
+    return sampler.states(reference["noise"], sampler.bundle.reference_requests(len(reference["noise"]))), reference["states"]
+
+
 def trajectory_check(sampler: Sampler, tolerance: float) -> Check:
     """Free-running: the whole loop from the stored noise; names the first and the worst evaluation over the tolerance."""
-    reference = sampler.bundle.reference()
-    found = sampler.states(reference["noise"], sampler.bundle.reference_requests(len(reference["noise"])))
-    errors = [relative_error(state, expected) for state, expected in zip(found, reference["states"], strict=True)]
+    found, expected = _free_running(sampler)
+    errors = [relative_error(*pair) for pair in zip(found, expected, strict=True)]
     over = [i for i, error in enumerate(errors) if not error <= tolerance]
     worst = int(np.argmax(errors))
     detail = f"worst after evaluation {worst}: {errors[worst]:.1e} (allowed {tolerance:.0e})"
     if over:
-        detail += f"; first over it: evaluation {over[0]}, {worst_region(found[over[0]], reference['states'][over[0]])}"
-    return Check("trajectory", not over, f"{detail}; images {psnr(found[-1], reference['states'][-1]):.0f} dB")
+        detail += f"; first over it: evaluation {over[0]}, {worst_region(found[over[0]], expected[over[0]])}"
+    return Check("trajectory", not over, f"{detail}; images {psnr(found[-1], expected[-1]):.0f} dB")
 
 
 def image_error(sampler: Sampler) -> float:
     """Relative error of the images drawn from the stored noise."""
-    reference = sampler.bundle.reference()
-    found = sampler.states(reference["noise"], sampler.bundle.reference_requests(len(reference["noise"])))
-    return relative_error(found[-1], reference["states"][-1])
+    found, expected = _free_running(sampler)
+    return relative_error(found[-1], expected[-1])
 
 
 def canaries(sampler: Sampler, tolerance: float, batch: int = 4) -> list[Check]:

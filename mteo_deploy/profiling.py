@@ -12,7 +12,7 @@ import numpy as np
 from mteo_deploy.bundle import Bundle
 from mteo_deploy.engines import cache
 from mteo_deploy.engines.base import ProfiledSession, Session
-from mteo_deploy.errors import InputError
+from mteo_deploy.errors import EngineError, InputError
 from mteo_deploy.progress import reporter
 from mteo_deploy.sampler import Sampler, noise_for
 
@@ -49,7 +49,7 @@ class LayerCost:
     kind: str
     group: str
     milliseconds: float
-    runs: float
+    runs: int
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,8 @@ def profile(
 
     Raises:
         InputError: for a batch or loop count below 1.
-        BundleError, EngineError: as :meth:`Sampler.load`; EngineError for an engine that does not tell.
+        BundleError, EngineError: as :meth:`Sampler.load`; EngineError too for an engine that does not tell, or tells only a
+            part.
     """
     if batch < 1 or loops < 1:
         raise InputError(f"expected --batch and --loops of 1 or more; found {batch} and {loops}")
@@ -152,6 +153,9 @@ def profile(
             sampler.conditioned_states(sampler.plan, noise, requests)
             report.advance(task, 1)
     ordinary = bundle.manifest["conditioned"]["graph"]
+    layers = [(graph, layer) for graph, session in sessions.items() for layer in session.layers()]
+    if any(len(layer.times) % loops for _, layer in layers):
+        raise EngineError(f"{built.backend.name} recorded a part of {loops} samplings only; use fewer --loops")
     costs = [
         LayerCost(
             graph=graph,
@@ -159,10 +163,9 @@ def profile(
             kind=layer.kind,
             group=_GROUP_OF.get(layer.kind, "other"),
             milliseconds=float(np.median(layer.times)) * len(layer.times) / loops,
-            runs=len(layer.times) / loops,
+            runs=len(layer.times) // loops,
         )
-        for graph, session in sessions.items()
-        for layer in session.layers()
+        for graph, layer in layers
     ]
     return Profile(
         bundle=bundle.path.name,

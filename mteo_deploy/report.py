@@ -58,11 +58,18 @@ class Report:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             found.pop("passed")
-            return cls(**{**found, "checks": [Check(**check) for check in found["checks"]]})
+            report = cls(**{**found, "checks": [Check(**check) for check in found["checks"]]})
+            complete = not report.latency or (
+                {"batch", "evaluations"} <= report.latency.keys()
+                and all("ratios" in report.latency[name] for name in ("step", "sample"))
+            )
         except OSError as error:
             raise InputError(f"expected a report of verify at {path}; {error.strerror}") from None
         except (ValueError, TypeError, KeyError, AttributeError):
             raise InputError(f"expected {path} to be a report.json that verify wrote; found something else") from None
+        if not complete:
+            raise InputError(f"expected the ratio of every pair in {path}; found none: an older version wrote it; verify again")
+        return report
 
     def latency_lines(self) -> list[str]:
         """The latency part in words; empty when it was left out."""

@@ -48,7 +48,7 @@ def measure(sampler: Sampler, batch: int, seconds: float) -> dict[str, Any]:
     )
     loop = latency.compare(lambda: sampler.states(noise, given), calls, seconds=seconds / 3)
     found = {"step": step, "sample": sample, "loop": loop}
-    doubts = list(dict.fromkeys(f"{name}: {doubt}" for name, one in found.items() for doubt in one.doubts))
+    doubts = [f"{name}: {doubt}" for name, one in found.items() for doubt in one.doubts]
     return {
         "batch": batch,
         "realisation": sampler.loop.name,
@@ -91,7 +91,7 @@ def verify(
         batch: images per engine call in the latency part.
         seconds: time for the latency part; 0 leaves it out.
         budgets: limits on latency and error.
-        older: a report to be no worse than.
+        older: a report to be no slower than.
 
     Raises:
         InputError: for a budget without a latency part, a batch or time out of range, or a report of something else.

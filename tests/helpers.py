@@ -1,4 +1,4 @@
-"""What several test files need: the torch sampler written out, copies of bundles, and errors between arrays."""
+"""What several test files need: the torch sampler written out, copies of bundles, failed checks, and errors between arrays."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from mteo_deploy import plan as plans
 from mteo_deploy.bundle import MANIFEST, write_manifest
 from mteo_deploy.embeddings import EmbeddingSet
 from mteo_deploy.exporters.base import Adapter
+from mteo_deploy.report import Report
 
 Array = NDArray[np.float32]
 
@@ -63,3 +64,8 @@ def altered(
     files(target)
     write_manifest(target, manifest)
     return target
+
+
+def failed(report: Report) -> set[str]:
+    """Names of the checks that did not pass."""
+    return {check.name for check in report.checks if not check.passed}

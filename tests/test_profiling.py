@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import altered
 
+from mteo_deploy.engines.base import Layer
 from mteo_deploy.engines.build import build
+from mteo_deploy.engines.onnxruntime import OnnxRuntimeProfiledSession
+from mteo_deploy.engines.openvino import OpenVinoProfiledSession
 from mteo_deploy.engines.tensorrt import BACKEND as TENSORRT
 from mteo_deploy.errors import EngineError, InputError
 from mteo_deploy.profiling import GROUPS, LayerCost, Profile, profile
@@ -47,10 +53,24 @@ def test_batch_sizes_of_the_engine(tiny_bundle: Path, tmp_path: Path) -> None:
     path = altered(tiny_bundle, tmp_path / "b")
     build(path, engine="openvino", realisation="table", batch=[2], quiet=True)
     assert profile(path, batch=2, loops=2, quiet=True).graphs().keys() == {"graphs/table.onnx"}
+    with pytest.raises(EngineError, match=r"built for, \[2\]; found 3"):
+        profile(path, batch=3, loops=2, quiet=True)
+
+
+def test_layers_of_a_part_of_the_samplings(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines keep a limited number of events."""
+
+    def without_the_first_run(whole: Callable[[Any], list[Layer]]) -> Callable[[Any], list[Layer]]:
+        return lambda session: [replace(layer, times=layer.times[1:]) for layer in whole(session)]
+
+    for kind in (OnnxRuntimeProfiledSession, OpenVinoProfiledSession):
+        monkeypatch.setattr(kind, "layers", without_the_first_run(kind.layers))
+    with pytest.raises(EngineError, match="part of 2 samplings"):
+        profile(built, loops=2, quiet=True)
 
 
 def cost(graph: str, group: str, milliseconds: float) -> LayerCost:
-    return LayerCost(graph, f"{graph} {group}", "Conv", group, milliseconds, 1.0)
+    return LayerCost(graph, f"{graph} {group}", "Conv", group, milliseconds, 1)
 
 
 @pytest.fixture

@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import Array, altered
+from helpers import Array, altered, failed
 
 from mteo_deploy import numerics
 from mteo_deploy.engines.base import Session
 from mteo_deploy.engines.build import build
 from mteo_deploy.errors import InputError
 from mteo_deploy.gates import Budgets
-from mteo_deploy.latency import _Others, _processor_seconds, bootstrap_median, compare
+from mteo_deploy.latency import OtherPrograms, bootstrap_median, compare, processor_seconds
 from mteo_deploy.numerics import psnr, relative_error, worst_region
 from mteo_deploy.realisations import Baked
 from mteo_deploy.report import Report, page
@@ -28,10 +28,6 @@ from mteo_deploy.sampler import Sampler
 from mteo_deploy.verification import verify
 
 CANARIES = {"finite", "not flat", "seed matters", "images differ", "repeatable", "batch size", "second session"}
-
-
-def failed(report: Report) -> set[str]:
-    return {check.name for check in report.checks if not check.passed}
 
 
 class Faulty:
@@ -140,30 +136,18 @@ def test_history_of_calls(tiny_bundle: Path) -> None:
     assert with_fault(tiny_bundle, drift, slice(2, 3)) == {"repeatable"}
 
 
-def test_sessions_that_share_a_buffer(tiny_bundle: Path) -> None:
-    """Opening a second sampler makes the second one see what the first one left: right alone, wrong side by side."""
+@pytest.mark.parametrize(("spoiled", "check"), [("second", "second session"), ("first", "repeatable")])
+def test_two_samplers_side_by_side(spoiled: str, check: str, tiny_bundle: Path) -> None:
+    """One of them gives other images as soon as there are two."""
     good, opened = Sampler.load(tiny_bundle), 0
 
     def open_graph(graph: str) -> Session:
         nonlocal opened
         opened += 1
-        first = opened <= 3
-        return Faulty(good.open_graph(graph), lambda y, feeds: y if first else y * 1.01)
+        mine = ("first" if opened <= 3 else "second") == spoiled
+        return Faulty(good.open_graph(graph), lambda y, feeds: y * 1.01 if mine and opened > 3 else y)
 
-    assert failed(verify(Sampler(good.bundle, open_graph), seconds=0, quiet=True)) == {"second session"}
-
-
-def test_session_spoiled_by_a_second_one(tiny_bundle: Path) -> None:
-    """The first sampler's results change once a second sampler has run."""
-    good, opened = Sampler.load(tiny_bundle), 0
-
-    def open_graph(graph: str) -> Session:
-        nonlocal opened
-        opened += 1
-        first = opened <= 3
-        return Faulty(good.open_graph(graph), lambda y, feeds: y * 1.01 if first and opened > 3 else y)
-
-    assert failed(verify(Sampler(good.bundle, open_graph), seconds=0, quiet=True)) == {"repeatable"}
+    assert failed(verify(Sampler(good.bundle, open_graph), seconds=0, quiet=True)) == {check}
 
 
 def test_dependence_on_batch_size(tiny_bundle: Path) -> None:
@@ -275,9 +259,9 @@ def test_latency_doubts() -> None:
 
 def test_other_programs_are_noticed() -> None:
     """A second process that computes all the time takes one processor's share."""
-    if _processor_seconds() is None:
+    if processor_seconds() is None:
         pytest.skip("no /proc/stat on this platform")
-    others = _Others()
+    others = OtherPrograms()
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
         time.sleep(1.0)
         share = others.share()
