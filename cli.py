@@ -102,8 +102,8 @@ def main() -> None:
 @main.command()
 @click.option("--model", type=PATH, help="diffusers pipeline directory [default: the packaged MNIST backbone].")
 @click.option("--steps", type=int, default=4, show_default=True, help="Steps of the schedule.")
-@click.option("--solver", default="euler", show_default=True, help="euler (DDIM), ipndm-2/3/4, heun, dpm-solver-2, dpmpp-2m.")
-@click.option("--schedule", default="polynomial", show_default=True, help="polynomial (rho 7) or logsnr.")
+@click.option("--solver", default="euler", show_default=True, help="euler (DDIM), unipc-2, ...: docs/solvers.md.")
+@click.option("--schedule", help="polynomial, logsnr, time-uniform, scheduler (the pipeline's) [default: the backbone's].")
 @click.option("-o", "--output", type=PATH, required=True, help="Embedding set to write (.safetensors).")
 @click.option("--trajectories", type=int, default=1024, show_default=True, help="Reference trajectories to learn from.")
 @click.option("--iterations", type=int, default=400, show_default=True)
@@ -115,7 +115,7 @@ def main() -> None:
 @quiet_option
 @_verb
 def distill(
-    model: Path | None, steps: int, solver: str, schedule: str, output: Path, as_json: bool, quiet: bool, **recipe: Any
+    model: Path | None, steps: int, solver: str, schedule: str | None, output: Path, as_json: bool, quiet: bool, **recipe: Any
 ) -> None:
     """Learn an embedding set for a frozen backbone.
 
@@ -153,6 +153,7 @@ def distill(
 @click.option("--model", type=PATH, help="diffusers pipeline directory [default: the packaged MNIST backbone].")
 @click.option("--embeddings", type=PATH, help="Embedding set made by distill [default: the packaged one].")
 @click.option("--plain", is_flag=True, help="Pretrained embeddings, nothing learned: the plain solver.")
+@click.option("--schedule", help="Time points of the plain solver, as in distill [default: the backbone's].")
 @click.option("--realisation", "realisations", multiple=True, help="baked, table or fused; repeatable [default: all].")
 @click.option("--batch", default="dynamic", show_default=True, help="Batch size of the graphs: a number, or dynamic.")
 @click.option("--passes", default="absorb,hoist", show_default=True, help="Optional compiler passes, by comma; '' for none.")

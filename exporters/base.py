@@ -18,8 +18,10 @@ from typing import Any
 import torch
 
 from mteo_deploy.errors import InputError
+from mteo_deploy.exporters.schedulers import noise_levels, scheduler_points
+from mteo_deploy.plan import Plan, compile_plan
 from mteo_deploy.requests import Request
-from mteo_deploy.schedules import NoiseLevels
+from mteo_deploy.schedules import SCHEDULER, Levels
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,14 @@ class Adapter(ABC, torch.nn.Module):
     sample_shape: tuple[int, ...]
     requests: tuple[Request, ...] = ()
     prediction_type: str
-    levels: NoiseLevels
+    levels: Levels
     config: dict[str, Any]
 
     @abstractmethod
     def __init__(self, network: Any, scheduler_config: dict[str, Any]) -> None:
         super().__init__()
+        self.scheduler_config = scheduler_config
+        self.levels, self.prediction_type = noise_levels(scheduler_config)
 
     @classmethod
     def load(cls, network_dir: Path, scheduler_config: dict[str, Any]) -> Adapter:
@@ -83,6 +87,21 @@ class Adapter(ABC, torch.nn.Module):
 
         The embeddings are the time's alone: what a request adds to them (a class embedding, pooled text) is added here.
         """
+
+    def compile_plan(self, steps: int, solver: str = "euler", schedule: str | None = None) -> Plan:
+        """A plan for this backbone.
+
+        Args:
+            schedule: a curve of :data:`mteo_deploy.schedules.SCHEDULES`, or ``scheduler`` for the time points of the pipeline's
+                own scheduler; None for the backbone's default.
+
+        Raises:
+            InputError: for arguments no plan can be made of.
+        """
+        points = scheduler_points(self.scheduler_config, steps) if schedule == SCHEDULER else None
+        return compile_plan(
+            self.levels, steps=steps, solver=solver, schedule=schedule, prediction_type=self.prediction_type, points=points
+        )
 
     def at_timestep(self, state: torch.Tensor, timestep: float, **requests: torch.Tensor) -> torch.Tensor:
         """The network with its own, ordinary time conditioning."""
@@ -148,23 +167,6 @@ def load_backbone(model: Path) -> Adapter:
     scheduler = _read_json(model / "scheduler" / "scheduler_config.json", "the noise schedule", way_out)
     adapter = known[parts[network]].load(model / network, scheduler)
     return adapter.requires_grad_(False).eval()
-
-
-def noise_levels(scheduler_config: dict[str, Any]) -> tuple[NoiseLevels, str]:
-    """Noise levels and prediction type of a DDPM-type scheduler configuration.
-
-    Raises:
-        InputError: for a beta schedule or prediction type that is not supported.
-    """
-    from diffusers import DDPMScheduler
-
-    config = {k: v for k, v in scheduler_config.items() if not k.startswith("_")}
-    prediction_type = config.get("prediction_type", "epsilon")
-    try:
-        scheduler = DDPMScheduler.from_config({**config, "_class_name": "DDPMScheduler"})
-    except (NotImplementedError, ValueError, TypeError) as error:
-        raise InputError(f"expected a noise schedule that diffusers' DDPMScheduler knows; {error}") from None
-    return NoiseLevels.from_alphas_cumprod(scheduler.alphas_cumprod.double().numpy()), prediction_type
 
 
 def site_dict(sites: Sequence[Site]) -> dict[str, int]:

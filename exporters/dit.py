@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from diffusers import DiTTransformer2DModel
 
-from mteo_deploy.exporters.base import Adapter, Site, noise_levels
+from mteo_deploy.exporters.base import Adapter, Site
 from mteo_deploy.requests import Request
 
 
@@ -31,7 +31,6 @@ class DiTAdapter(Adapter):
         self.config = dict(network.config)
         size = int(network.config.sample_size)
         self.sample_shape = (int(network.config.in_channels), size, size)
-        self.levels, self.prediction_type = noise_levels(scheduler_config)
         self._embedders = [block.norm1.emb for block in network.transformer_blocks]
         labels = self._embedders[0].class_embedder.embedding_table.num_embeddings
         self.requests = (Request("class_labels", "int64", high=labels),)

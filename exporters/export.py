@@ -21,7 +21,7 @@ from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.base import Adapter, load_backbone, site_dict
 from mteo_deploy.exporters.compiler import Compiled, compile_bundle
 from mteo_deploy.exporters.options import OPTIONAL, Options
-from mteo_deploy.plan import Plan, compile_plan, default_substeps, reference_plan, run
+from mteo_deploy.plan import Plan, default_substeps, reference_plan, run
 from mteo_deploy.progress import reporter
 from mteo_deploy.realisations import NAMES
 from mteo_deploy.sampler import noise_for
@@ -30,9 +30,9 @@ from mteo_deploy.solvers import canonical
 REFERENCE_SEED, REFERENCE_COUNT = 20260322, 4
 
 
-def pretrained_set(adapter: Adapter, steps: int, solver: str, schedule: str = "polynomial") -> EmbeddingSet:
+def pretrained_set(adapter: Adapter, steps: int, solver: str, schedule: str | None = None) -> EmbeddingSet:
     """The embedding set of zero deltas: the plain solver."""
-    plan = compile_plan(adapter.levels, steps=steps, solver=solver, schedule=schedule, prediction_type=adapter.prediction_type)
+    plan = adapter.compile_plan(steps, solver, schedule)
     deltas = {site.name: np.zeros((len(plan.evaluations), site.width), np.float32) for site in adapter.sites}
     return EmbeddingSet(deltas, plan, adapter.fingerprint())
 
@@ -123,13 +123,16 @@ def _choose(
     embeddings: Path | EmbeddingSet | None,
     steps: int | None,
     solver: str | None,
+    schedule: str | None,
     plain: bool,
     adapter: Adapter,
 ) -> EmbeddingSet:
+    if schedule is not None and not plain:
+        raise InputError("expected --schedule with --plain only; an embedding set has its own; leave it out")
     if plain and embeddings is not None:
         raise InputError("expected --embeddings FILE or --plain (nothing learned); found both; leave one out")
     if plain:
-        chosen = pretrained_set(adapter, 4 if steps is None else steps, solver or "euler")
+        chosen = pretrained_set(adapter, 4 if steps is None else steps, solver or "euler", schedule)
     elif isinstance(embeddings, EmbeddingSet):
         chosen = embeddings
     elif embeddings is not None:
@@ -161,6 +164,7 @@ def export(
     embeddings: Path | str | EmbeddingSet | None = None,
     steps: int | None = None,
     solver: str | None = None,
+    schedule: str | None = None,
     plain: bool = False,
     realisations: Sequence[str] = NAMES,
     passes: Sequence[str] = OPTIONAL,
@@ -176,6 +180,7 @@ def export(
         embeddings: embedding set or its file; None for the packaged set of ``steps`` and ``solver``.
         steps: step count; None for the set's own (4 for the packaged sets).
         solver: which packaged set, or the plain solver; None for the set's own (Euler for the packaged sets).
+        schedule: of the plain solver's time points; None for the backbone's default.
         plain: use the pretrained embeddings unchanged (the plain solver).
         realisations: which to write, of ``baked``, ``table`` and ``fused``; they share their weights.
         passes: optional compiler passes to run.
@@ -199,7 +204,7 @@ def export(
     if model is None and embeddings is None and not plain:
         assets.embeddings(4 if steps is None else steps, solver or "euler")  # a clear error before the model is loaded
     adapter = load_backbone(assets.MODEL if model is None else model)
-    chosen = _choose(model, embeddings, steps, solver, plain, adapter)
+    chosen = _choose(model, embeddings, steps, solver, schedule, plain, adapter)
     sites: Mapping[str, int] = site_dict(adapter.sites)
     chosen.check(adapter.fingerprint(), sites)
     clock = time.monotonic()

@@ -12,7 +12,7 @@ from diffusers import UNet2DModel
 from diffusers.models.resnet import ResnetBlock2D
 
 from mteo_deploy.errors import InputError
-from mteo_deploy.exporters.base import Adapter, Site, noise_levels
+from mteo_deploy.exporters.base import Adapter, Site
 from mteo_deploy.requests import Request
 
 
@@ -38,7 +38,6 @@ class UNet2DAdapter(Adapter):
         size = network.config.sample_size
         height, width = size if isinstance(size, (tuple, list)) else (size, size)
         self.sample_shape = (int(network.config.in_channels), int(height), int(width))
-        self.levels, self.prediction_type = noise_levels(scheduler_config)
         blocks = [
             (name, m) for name, m in network.named_modules() if isinstance(m, ResnetBlock2D) and m.time_emb_proj is not None
         ]

@@ -1,7 +1,8 @@
 """The plan: schedule and solver compiled to plain coefficients, one row per evaluation.
 
-The state is kept at unit variance, ``y = x / sqrt(1 + sigma^2)``: ``x`` reaches sigma = 80, which half precision and
-int8 cannot carry well, and a variance-preserving backbone takes exactly ``y`` as its input, so no scaling is left.
+The state is what the network takes, of about unit variance, ``y = x / scale(sigma)``: ``x`` reaches sigma = 80, which half
+precision and int8 cannot carry well, and no scaling is left. A backbone trained with added noise, whatever it predicts, is
+solved in ``x = x0 + sigma noise``; flow matching in its own ``x = (1 - t) x0 + t noise``, with ``t`` in sigma's place.
 For evaluation ``i`` with network output ``o_i`` the whole sampler is
 
     kept_i = keep_state[i] * y_i + keep_output[i] * o_i
@@ -12,7 +13,7 @@ and after the last evaluation ``y`` is the image itself (the last scale is folde
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,8 +22,9 @@ import numpy as np
 
 from mteo_deploy import schedules, solvers
 from mteo_deploy.errors import BundleError, InputError
+from mteo_deploy.schedules import EDMLevels, FlowLevels, Levels
 
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "edm", "flow_prediction")
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Evaluation:
     """One call of the network.
 
     Attributes:
-        sigma: noise level of the state the network sees (variance-exploding form).
+        sigma: noise level of the state the network sees (variance-exploding form); flow matching's time t.
         timestep: the backbone's own time at that noise level.
         keep_state, keep_output: what is kept of this call, as a combination of state and output.
         carry: factor on the state in the update.
@@ -125,49 +127,74 @@ class Plan:
             raise BundleError(f"expected a plan with hexadecimal floats; found a bad field ({error}); export again") from None
 
 
-def denoised_coefficients(prediction_type: str, sigma: float) -> tuple[float, float]:
-    """``(p, q)`` with ``D = p * y + q * output`` for the unit-variance state ``y`` (Salimans & Ho 2022, appendix D)."""
-    scale = math.sqrt(1 + sigma * sigma)
+def denoised_coefficients(prediction_type: str, sigma: float, levels: Levels) -> tuple[float, float]:
+    """``(p, q)`` with ``D = p * y + q * output`` for the network's input ``y``.
+
+    Salimans & Ho 2022, appendix D; for ``edm`` Karras et al. 2022, table 1: ``D = c_skip x + c_out output``.
+    """
+    scale = levels.scale(sigma)
     if prediction_type == "epsilon":
         return scale, -sigma
     if prediction_type == "v_prediction":
         return 1 / scale, -sigma / scale
     if prediction_type == "sample":
         return 0.0, 1.0
+    if prediction_type == "edm" and isinstance(levels, EDMLevels):
+        return levels.sigma_data**2 / scale, sigma * levels.sigma_data / scale
+    if prediction_type == "flow_prediction" and isinstance(levels, FlowLevels):
+        return 1.0, -sigma
     raise InputError(f"expected a prediction type out of {', '.join(PREDICTION_TYPES)}; found {prediction_type!r}")
 
 
+def kept_coefficients(keeps: str, prediction_type: str, sigma: float, levels: Levels) -> tuple[float, float]:
+    """``(p, q)`` with ``kept = p * y + q * output``: the denoised estimate, or the slope ``d``."""
+    p, q = denoised_coefficients(prediction_type, sigma, levels)
+    if keeps == "D":
+        return p, q
+    if prediction_type == "flow_prediction":
+        return 0.0, 1.0
+    return (levels.scale(sigma) - p) / sigma, -q / sigma
+
+
 def compile_plan(
-    levels: schedules.NoiseLevels,
+    levels: Levels,
     *,
     steps: int,
     solver: str = "euler",
-    schedule: str = "polynomial",
+    schedule: str | None = None,
     prediction_type: str = "epsilon",
     sigma_max: float | None = None,
     sigma_min: float | None = None,
+    points: Sequence[float] | None = None,
 ) -> Plan:
     """Compile schedule and solver to a plan for a backbone trained at ``levels``.
 
     Args:
-        sigma_max, sigma_min: noise levels of the first and last time point; by default the backbone's own range,
-            kept inside [0.002, 80] (Karras et al. 2022, table 1).
+        schedule: out of :data:`mteo_deploy.schedules.SCHEDULES`; None for the default of ``levels``.
+        sigma_max, sigma_min: noise levels of the first and last time point; by default those of ``levels``.
+        points: ``steps + 1`` noise levels, highest first, in place of the schedule's, which then is only a name. The last may
+            be zero.
 
     Raises:
-        InputError: for an unknown solver, schedule or prediction type, or a range outside the backbone's.
+        InputError: for an unknown solver, schedule or prediction type, a range outside the backbone's, or a solver that does
+            not go with flow matching.
     """
     method = solvers.get(solver)
-    low, high = float(levels.sigma[0]), float(levels.sigma[-1])
-    sigma_max = min(high, 80.0) if sigma_max is None else sigma_max
-    sigma_min = max(low, 0.002) if sigma_min is None else sigma_min
-    if sigma_max > high * 1.0001 or sigma_min < low * 0.9999:
-        raise InputError(
-            f"expected noise levels inside the backbone's [{low:.4g}, {high:.4g}]; found [{sigma_min:.4g}, {sigma_max:.4g}]"
+    schedule = schedule or levels.default_schedule
+    if isinstance(levels, FlowLevels) and method.keeps == "D":
+        usable = ", ".join(
+            name for name, one in solvers.SOLVERS.items() if one.keeps == "d" and not name.startswith("deis-log")
         )
-    points = schedules.grid(schedule, steps, sigma_max, sigma_min)
-    traced = solvers.trace(method, points)
+        raise InputError(f"expected a solver out of {usable} for a flow-matching backbone; found {solver!r}")
+    if points is None:
+        sigma_max = levels.high if sigma_max is None else sigma_max
+        sigma_min = levels.low if sigma_min is None else sigma_min
+        points = schedules.grid(schedule, steps, sigma_max, sigma_min, levels).tolist()
+    _check_range(points, levels)
+    grid = np.asarray(points, dtype=np.float64)
+    traced = solvers.trace(method, grid)
     timesteps = levels.timestep(np.asarray(traced.sigmas))
-    scales = [math.sqrt(1 + s * s) for s in traced.sigmas] + [1.0]
+    scales = [levels.scale(s) for s in traced.sigmas] + [1.0]
     states = [s.weights for s in [*traced.states, traced.last]]
     rows = []
     for i, sigma in enumerate(traced.sigmas):
@@ -175,10 +202,9 @@ def compile_plan(
         weights = (states[i + 1] - carry * states[i])[1 : i + 2][::-1] / scales[i + 1]
         weights[np.abs(weights) < 1e-13 * np.abs(weights).max()] = 0.0
         used = int(np.flatnonzero(weights)[-1]) + 1
-        p, q = denoised_coefficients(prediction_type, sigma)
-        if method.keeps == "d":
-            p, q = (scales[i] - p) / sigma, -q / sigma
+        p, q = kept_coefficients(method.keeps, prediction_type, sigma, levels)
         interval, inside = divmod(i + 1, method.evaluations_per_interval)
+        last = i + 1 == len(traced.sigmas)  # of two evaluations an interval that ends at zero has the first only
         rows.append(
             Evaluation(
                 sigma=sigma,
@@ -187,7 +213,7 @@ def compile_plan(
                 keep_output=q,
                 carry=float(carry * scales[i] / scales[i + 1]),
                 weights=tuple(float(w) for w in weights[:used]),
-                time_point=None if inside else interval,
+                time_point=steps if last else None if inside else interval,
             )
         )
     return Plan(
@@ -195,10 +221,20 @@ def compile_plan(
         schedule=schedule,
         prediction_type=prediction_type,
         steps=steps,
-        sigmas=tuple(float(s) for s in points),
-        initial_scale=float(sigma_max / scales[0]),
+        sigmas=tuple(float(s) for s in grid),
+        initial_scale=float(grid[0] / scales[0]),
         evaluations=tuple(rows),
     )
+
+
+def _check_range(points: Sequence[float], levels: Levels) -> None:
+    if not all(a > b for a, b in itertools.pairwise(points)):
+        raise InputError(f"expected noise levels that fall from one time point to the next; found {list(points)}")
+    low, high = levels.limits
+    if points[0] > high * 1.0001 or 0 < points[-1] < low * 0.9999:
+        raise InputError(
+            f"expected noise levels inside the backbone's [{low:.4g}, {high:.4g}]; found [{points[-1]:.4g}, {points[0]:.4g}]"
+        )
 
 
 def run(plan: Plan, noise: Any, network: Callable[[int, Any], Any]) -> Sequence[Any]:
@@ -229,14 +265,13 @@ def default_substeps(plan: Plan) -> int:
     return max(3, -(-18 // plan.steps))
 
 
-def reference_plan(plan: Plan, levels: schedules.NoiseLevels, substeps: int, solver: str = "heun") -> Plan:
-    """The reference trajectory's plan: ``substeps`` intervals inside each interval of ``plan``, on the same curve."""
+def reference_plan(plan: Plan, levels: Levels, substeps: int, solver: str = "heun") -> Plan:
+    """The reference trajectory's plan: ``substeps`` intervals inside each interval of ``plan``."""
     return compile_plan(
         levels,
         steps=plan.steps * substeps,
         solver=solver,
         schedule=plan.schedule,
         prediction_type=plan.prediction_type,
-        sigma_max=plan.sigmas[0],
-        sigma_min=plan.sigmas[-1],
+        points=schedules.refine(np.asarray(plan.sigmas), substeps, levels.rho).tolist(),
     )

@@ -1,67 +1,199 @@
-"""Noise schedules: where along the noise level the evaluations lie.
+"""Noise schedules and noise levels: where along the noise level the evaluations lie, and what a backbone calls that place.
 
-A schedule is a function of ``u`` in [0, 1] (0 = highest noise), so that a grid of N intervals and the reference
-trajectory's grid of N*M intervals come from one curve and the second contains the first.
+A schedule is a function of ``u`` in [0, 1] (0 = highest noise). Whatever the schedule, the reference trajectory's time points
+lie inside the plan's own intervals (:func:`refine`), so its grid contains the plan's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mteo_deploy.errors import InputError
 
-Schedule = Callable[[NDArray[np.float64], float, float], NDArray[np.float64]]
-"""(u, sigma_max, sigma_min) -> sigma(u), strictly decreasing in u."""
+Array = NDArray[np.float64]
+RHO = 7.0
 
 
-def polynomial(u: NDArray[np.float64], sigma_max: float, sigma_min: float, rho: float = 7.0) -> NDArray[np.float64]:
-    """Karras et al. 2022 (EDM), eq. 5: equal steps in ``sigma**(1/rho)``."""
-    top, bottom = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-    return np.asarray((top + u * (bottom - top)) ** rho, dtype=np.float64)
+class Levels(Protocol):
+    """What a family of backbones means by noise and by time.
 
-
-def log_uniform(u: NDArray[np.float64], sigma_max: float, sigma_min: float) -> NDArray[np.float64]:
-    """Equal steps in log sigma (the logSNR schedule of Lu et al. 2022a)."""
-    return np.asarray(sigma_max * (sigma_min / sigma_max) ** u, dtype=np.float64)
-
-
-SCHEDULES: dict[str, Schedule] = {"polynomial": polynomial, "logsnr": log_uniform}
-
-
-def grid(schedule: str, intervals: int, sigma_max: float, sigma_min: float) -> NDArray[np.float64]:
-    """The ``intervals + 1`` noise levels of a schedule, highest first.
-
-    Raises:
-        InputError: for an unknown schedule, a non-positive count or an empty range of noise levels.
+    Attributes:
+        low, high: the range of noise levels sampling runs through by default.
+        limits: the range the backbone was trained on.
+        default_schedule: out of :data:`SCHEDULES`.
+        rho: equal steps in ``sigma**(1/rho)`` cut an interval for the reference trajectory.
     """
-    if schedule not in SCHEDULES:
-        raise InputError(f"expected a schedule out of {', '.join(SCHEDULES)}; found {schedule!r}")
-    if intervals < 1:
-        raise InputError(f"expected a step count of 1 or more; found {intervals}; pass for example --steps 4")
-    if not 0 < sigma_min < sigma_max:
-        raise InputError(f"expected 0 < sigma_min < sigma_max; found sigma_min={sigma_min}, sigma_max={sigma_max}")
-    return SCHEDULES[schedule](np.arange(intervals + 1) / intervals, sigma_max, sigma_min)
+
+    @property
+    def low(self) -> float: ...
+    @property
+    def high(self) -> float: ...
+    @property
+    def limits(self) -> tuple[float, float]: ...
+    @property
+    def default_schedule(self) -> str: ...
+    @property
+    def rho(self) -> float: ...
+
+    def scale(self, sigma: float) -> float:
+        """Factor between the solver's state ``x`` and the network's input ``y = x / scale``."""
+
+    def timestep(self, sigma: Array) -> Array:
+        """The backbone's own, continuous time of noise levels."""
+
+    def sigma_at(self, timestep: Array) -> Array:
+        """Inverse of :meth:`timestep`."""
 
 
 @dataclass(frozen=True)
 class NoiseLevels:
     """The noise levels a discrete-time backbone was trained at: ``sigma[t] = sqrt((1 - abar[t]) / abar[t])``.
 
+    Sampling runs through those inside [0.002, 80] (Karras et al. 2022, table 1).
+
     Attributes:
         sigma: float64 ``[timesteps]``, increasing.
     """
 
-    sigma: NDArray[np.float64]
+    sigma: Array
+    default_schedule = "polynomial"
+    rho = RHO
 
     @classmethod
     def from_alphas_cumprod(cls, alphas_cumprod: NDArray[np.floating]) -> NoiseLevels:
         abar = np.asarray(alphas_cumprod, dtype=np.float64)
         return cls(np.sqrt((1 - abar) / abar))
 
-    def timestep(self, sigma: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Continuous timestep of a noise level, by interpolation in log sigma (clipped to the trained range)."""
+    @property
+    def limits(self) -> tuple[float, float]:
+        return float(self.sigma[0]), float(self.sigma[-1])
+
+    @property
+    def low(self) -> float:
+        return max(self.limits[0], 0.002)
+
+    @property
+    def high(self) -> float:
+        return min(self.limits[1], 80.0)
+
+    def scale(self, sigma: float) -> float:
+        return float(np.sqrt(1 + sigma * sigma))
+
+    def timestep(self, sigma: Array) -> Array:
+        """By interpolation in log sigma, clipped to the trained range."""
         return np.interp(np.log(sigma), np.log(self.sigma), np.arange(len(self.sigma), dtype=np.float64))
+
+    def sigma_at(self, timestep: Array) -> Array:
+        return np.exp(np.interp(timestep, np.arange(len(self.sigma)), np.log(self.sigma)))
+
+
+@dataclass(frozen=True)
+class EDMLevels:
+    """Continuous noise levels of a backbone with EDM's preconditioning, time ``log(sigma)/4`` (Karras et al. 2022, table 1)."""
+
+    low: float = 0.002
+    high: float = 80.0
+    sigma_data: float = 0.5
+    default_schedule = "polynomial"
+    rho = RHO
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        return self.low, self.high
+
+    def scale(self, sigma: float) -> float:
+        return float(np.sqrt(self.sigma_data**2 + sigma * sigma))
+
+    def timestep(self, sigma: Array) -> Array:
+        return np.asarray(np.log(sigma) / 4)
+
+    def sigma_at(self, timestep: Array) -> Array:
+        return np.asarray(np.exp(4 * timestep))
+
+
+@dataclass(frozen=True)
+class FlowLevels:
+    """Flow matching (Lipman et al. 2023; Liu et al. 2023): ``x = (1 - t) x0 + t noise``, the network's output is ``dx/dt``.
+
+    What is called sigma elsewhere is the time ``t`` in [0, 1] here.
+
+    Attributes:
+        shift: of uniform times, ``t -> shift t / (1 + (shift - 1) t)`` (Esser et al. 2024, section 5.3.2).
+        timesteps: what the network calls ``t = 1``.
+    """
+
+    shift: float = 1.0
+    timesteps: float = 1000.0
+    low = 0.0
+    high = 1.0
+    limits = (0.0, 1.0)
+    default_schedule = "time-uniform"
+    rho = 1.0
+
+    def scale(self, sigma: float) -> float:
+        return 1.0
+
+    def timestep(self, sigma: Array) -> Array:
+        return np.asarray(sigma * self.timesteps)
+
+    def sigma_at(self, timestep: Array) -> Array:
+        return np.asarray(timestep / self.timesteps)
+
+
+Schedule = Callable[[Array, float, float, Levels], Array]
+"""(u, sigma_max, sigma_min, levels) -> sigma(u), strictly decreasing in u."""
+
+
+def polynomial(u: Array, sigma_max: float, sigma_min: float, levels: Levels | None = None, rho: float = RHO) -> Array:
+    """Karras et al. 2022 (EDM), eq. 5: equal steps in ``sigma**(1/rho)``."""
+    top, bottom = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    return np.asarray((top + u * (bottom - top)) ** rho, dtype=np.float64)
+
+
+def log_uniform(u: Array, sigma_max: float, sigma_min: float, levels: Levels | None = None) -> Array:
+    """Equal steps in log sigma (the logSNR schedule of Lu et al. 2022a)."""
+    return np.asarray(sigma_max * (sigma_min / sigma_max) ** u, dtype=np.float64)
+
+
+def time_uniform(u: Array, sigma_max: float, sigma_min: float, levels: Levels) -> Array:
+    """Equal steps in the backbone's own time; of flow matching shifted as :class:`FlowLevels` says."""
+    start, end = levels.timestep(np.array([sigma_max, sigma_min]))
+    sigmas = levels.sigma_at(start + u * (end - start))
+    if isinstance(levels, FlowLevels):
+        sigmas = levels.shift * sigmas / (1 + (levels.shift - 1) * sigmas)
+    return sigmas
+
+
+SCHEDULES: dict[str, Schedule] = {"polynomial": polynomial, "logsnr": log_uniform, "time-uniform": time_uniform}
+
+SCHEDULER = "scheduler"
+"""The time points of the pipeline's own diffusers scheduler: not a curve, known only where diffusers is."""
+
+
+def grid(schedule: str, intervals: int, sigma_max: float, sigma_min: float, levels: Levels) -> Array:
+    """The ``intervals + 1`` noise levels of a schedule, highest first.
+
+    Raises:
+        InputError: for an unknown schedule, a non-positive count or an empty range of noise levels.
+    """
+    if schedule not in SCHEDULES:
+        raise InputError(f"expected a schedule out of {', '.join([*SCHEDULES, SCHEDULER])}; found {schedule!r}")
+    if intervals < 1:
+        raise InputError(f"expected a step count of 1 or more; found {intervals}; pass for example --steps 4")
+    above_zero = sigma_min > 0 or (sigma_min == 0 and schedule != "logsnr" and isinstance(levels, FlowLevels))
+    if not (above_zero and sigma_min < sigma_max):
+        raise InputError(f"expected 0 < sigma_min < sigma_max; found sigma_min={sigma_min}, sigma_max={sigma_max}")
+    return SCHEDULES[schedule](np.arange(intervals + 1) / intervals, sigma_max, sigma_min, levels)
+
+
+def refine(sigmas: Array, parts: int, rho: float = RHO) -> Array:
+    """Every interval of a grid cut into ``parts``, in equal steps of ``sigma**(1/rho)``, as the polynomial schedule does."""
+    roots = np.asarray(sigmas, dtype=np.float64) ** (1 / rho)
+    inner = np.interp(np.arange((len(roots) - 1) * parts + 1) / parts, np.arange(len(roots)), roots) ** rho
+    inner[::parts] = sigmas
+    return np.asarray(inner)

@@ -32,7 +32,8 @@ class Solver:
     Attributes:
         keeps: ``"d"`` (the ODE's slope) or ``"D"`` (the denoised estimate).
         evaluations_per_interval: 1 for multistep methods, 2 for Heun and DPM-Solver-2.
-        order: order of convergence, used by the tests.
+        order: order of convergence on any grid, once a multistep method has its history, used by the tests. Started with
+            lower orders, as they are, all keep an error of order 2 from their first step (UniPC's corrector: 3).
         solve: ``(x, sigmas, evaluate) -> x`` at the last noise level.
     """
 
@@ -50,12 +51,11 @@ def euler(x: Any, sigmas: NDArray[np.float64], evaluate: Evaluate) -> Any:
 
 
 def heun(x: Any, sigmas: NDArray[np.float64], evaluate: Evaluate) -> Any:
-    """Heun's second-order method (Karras et al. 2022, algorithm 1), two evaluations on every interval."""
+    """Heun's second-order method (Karras et al. 2022, algorithm 1), two evaluations on every interval that ends above zero."""
     for t, t_next in itertools.pairwise(sigmas):
         h = t_next - t
         d = evaluate(x, t)
-        d_prime = evaluate(x + h * d, t_next)
-        x = x + h * (d + d_prime) / 2
+        x = x + h * (d if t_next == 0 else (d + evaluate(x + h * d, t_next)) / 2)
     return x
 
 
@@ -64,8 +64,8 @@ def dpm_solver_2(x: Any, sigmas: NDArray[np.float64], evaluate: Evaluate, r: flo
     for t, t_next in itertools.pairwise(sigmas):
         h, m = t_next - t, t_next**r * t ** (1 - r)
         d = evaluate(x, t)
-        d_m = evaluate(x + (m - t) * d, m)
-        x = x + h * (d_m / (2 * r) + (1 - 1 / (2 * r)) * d)
+        slope = d if t_next == 0 else evaluate(x + (m - t) * d, m) / (2 * r) + (1 - 1 / (2 * r)) * d
+        x = x + h * slope
     return x
 
 
@@ -87,18 +87,135 @@ def ipndm(order: int) -> Callable[[Any, NDArray[np.float64], Evaluate], Any]:
     return solve
 
 
+def lagrange_integrals(nodes: NDArray[np.float64], end: float, log: bool) -> NDArray[np.float64]:
+    """Integrals over sigma, from ``nodes[0]`` to ``end``, of the Lagrange polynomials on ``nodes``.
+
+    Args:
+        log: polynomials in log sigma instead of sigma.
+    """
+    start = nodes[0]
+    at = np.log(nodes / start) if log else nodes - start
+    stop = float(np.log(end / start) if log else end - start)
+    points, weights = np.polynomial.legendre.leggauss(32)  # exact for the polynomials, to rounding with the exponential
+    v = stop * (points + 1) / 2
+    measure = weights * stop / 2 * (start * np.exp(v) if log else 1.0)
+    basis = [np.prod([(v - other) / (node - other) for other in np.delete(at, k)], axis=0) for k, node in enumerate(at)]
+    return np.array([np.sum(measure * values) for values in basis])
+
+
+def adams_bashforth(order: int, log: bool = False) -> Callable[[Any, NDArray[np.float64], Evaluate], Any]:
+    """Variable-step Adams-Bashforth: the slope is a polynomial through the last ``order`` ones, integrated exactly.
+
+    In sigma this is DEIS's rhoAB (Zhang & Chen 2023, section 3 and appendix B) and iPNDM_v; in log sigma it is what diffusers
+    calls DEIS (``logrho``), of which a step to zero is Euler's.
+    """
+
+    def solve(x: Any, sigmas: NDArray[np.float64], evaluate: Evaluate) -> Any:
+        slopes: list[Any] = []
+        for i, (t, t_next) in enumerate(itertools.pairwise(sigmas)):
+            slopes.insert(0, evaluate(x, t))
+            count = 1 if log and t_next == 0 else min(order, len(slopes))
+            nodes = sigmas[i - count + 1 : i + 1][::-1]
+            weights = lagrange_integrals(nodes, t_next, log) if count > 1 else np.array([t_next - t])
+            x = sum((float(w) * d for w, d in zip(weights, slopes, strict=False)), x)
+        return x
+
+    return solve
+
+
 def dpmpp_2m(x: Any, sigmas: NDArray[np.float64], evaluate: Evaluate) -> Any:
-    """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2) with lambda = -log sigma."""
+    """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2) with lambda = -log sigma; a step to zero is ``x = D``."""
     previous, h_previous = None, 0.0
     for t, t_next in itertools.pairwise(sigmas):
-        h = float(np.log(t / t_next))
         denoised = evaluate(x, t)
+        if t_next == 0:
+            return denoised
+        h = float(np.log(t / t_next))
         estimate = denoised
         if previous is not None:
             estimate = denoised + (h / h_previous / 2) * (denoised - previous)
         x = (t_next / t) * x - float(np.expm1(-h)) * estimate
         previous, h_previous = denoised, h
     return x
+
+
+def dpmpp_3m(x: Any, sigmas: NDArray[np.float64], evaluate: Evaluate) -> Any:
+    """DPM-Solver++(3M) (Lu et al. 2022b, appendix B, in multistep form) with lambda = -log sigma; a step to zero is ``x = D``.
+
+    The second difference enters with the factor of the authors' code and of diffusers, half of what a third order takes: the
+    order is 2.
+    """
+    known: list[Any] = []
+    steps: list[float] = []
+    for t, t_next in itertools.pairwise(sigmas):
+        known.insert(0, evaluate(x, t))
+        if t_next == 0:
+            return known[0]
+        h = float(np.log(t / t_next))
+        phi_1 = float(np.expm1(-h))
+        phi_2 = phi_1 / h + 1
+        phi_3 = phi_2 / h - 0.5
+        x = (t_next / t) * x - phi_1 * known[0]
+        if len(known) == 2:
+            x = x - phi_1 / 2 * (h / steps[0]) * (known[0] - known[1])
+        elif len(known) > 2:
+            r_0, r_1 = steps[0] / h, steps[1] / h
+            a, b = (known[0] - known[1]) / r_0, (known[1] - known[2]) / r_1
+            x = x + phi_2 * (a + r_0 / (r_0 + r_1) * (a - b)) - phi_3 / (r_0 + r_1) * (a - b)
+        steps.insert(0, h)
+    return x
+
+
+def unipc_weights(ratios: NDArray[np.float64], h: float, bh: float) -> NDArray[np.float64]:
+    """Weights ``rho`` of the differences at ``ratios`` of a step (Zhao et al. 2023, UniPC, equations 5 and 6; data prediction).
+
+    Args:
+        ratios: distances from the step's start over its length; -1 is a step of equal length back, 1 the step's end.
+        h: length of the step in lambda.
+        bh: the function B of the method at the step.
+    """
+    right, factorial, phi = [], 1.0, float(np.expm1(-h)) / -h - 1
+    for k in range(1, len(ratios) + 1):
+        right.append(phi * factorial / bh)
+        factorial *= k + 1
+        phi = phi / -h - 1 / factorial
+    powers = np.vander(ratios, increasing=True).T
+    return np.asarray(np.linalg.solve(powers, np.array(right)))
+
+
+def unipc(order: int, variant: Literal["bh1", "bh2"] = "bh2") -> Callable[[Any, NDArray[np.float64], Evaluate], Any]:
+    """UniPC (Zhao et al. 2023, algorithms 1 and 2), multistep, data prediction: a predictor and, from the evaluation at the
+    predicted state, a corrector of the state before it is used on; a step to zero is ``x = D``."""
+
+    def step(x: Any, at: NDArray[np.float64], known: list[Any], t_next: float, corrected: Any = None) -> Any:
+        """From ``at[0]`` to ``t_next`` with estimates ``known`` at ``at``; with that at ``t_next`` it is the corrector."""
+        h = float(np.log(at[0] / t_next))
+        phi_1 = float(np.expm1(-h))
+        bh = -h if variant == "bh1" else phi_1
+        ratios = np.log(at[0] / at[1:]) / h
+        differences = [d - known[0] for d in known[1:]]
+        if corrected is not None:
+            ratios, differences = np.append(ratios, 1.0), [*differences, corrected - known[0]]
+        # of one difference the weight is 1/2 to the order needed, and independent of B (the paper, section 3.4)
+        rho = np.array([0.5]) if len(ratios) == 1 else unipc_weights(ratios, h, bh)
+        x = (t_next / at[0]) * x - phi_1 * known[0]
+        return sum((-bh * float(w / r) * d for w, r, d in zip(rho, ratios, differences, strict=True)), x)
+
+    def solve(x: Any, sigmas: NDArray[np.float64], evaluate: Evaluate) -> Any:
+        known: list[Any] = []
+        before = x
+        for i, (t, t_next) in enumerate(itertools.pairwise(sigmas)):
+            denoised = evaluate(x, t)
+            if t_next == 0:
+                return denoised
+            if known:
+                x = step(before, sigmas[i - len(known) : i][::-1], known, t, denoised)
+            known = [denoised, *known][:order]
+            before = x
+            x = step(x, sigmas[i - len(known) + 1 : i + 1][::-1], known, t_next)
+        return x
+
+    return solve
 
 
 SOLVERS: dict[str, Solver] = {
@@ -108,18 +225,33 @@ SOLVERS: dict[str, Solver] = {
     "ipndm-2": Solver("d", 1, 1, ipndm(2)),
     "ipndm-3": Solver("d", 1, 1, ipndm(3)),
     "ipndm-4": Solver("d", 1, 1, ipndm(4)),
+    "deis-2": Solver("d", 1, 2, adams_bashforth(2)),
+    "deis-3": Solver("d", 1, 3, adams_bashforth(3)),
+    "deis-4": Solver("d", 1, 4, adams_bashforth(4)),
+    "deis-log-2": Solver("d", 1, 2, adams_bashforth(2, log=True)),
+    "deis-log-3": Solver("d", 1, 3, adams_bashforth(3, log=True)),
     "dpmpp-2m": Solver("D", 1, 2, dpmpp_2m),
+    "dpmpp-3m": Solver("D", 1, 2, dpmpp_3m),
+    "unipc-2": Solver("D", 1, 3, unipc(2)),
+    "unipc-3": Solver("D", 1, 4, unipc(3)),
+    "unipc-2-bh1": Solver("D", 1, 3, unipc(2, "bh1")),
+    "unipc-3-bh1": Solver("D", 1, 4, unipc(3, "bh1")),
 }
 """iPNDM's weights assume equal steps: ``order`` is what holds on any grid; on a uniform one order k shows."""
 
+ALIASES = {"ddim": "euler", "ipndm": "ipndm-3", "ipndm-1": "euler", "unipc": "unipc-2", "deis": "deis-3"} | {
+    f"ipndm-v-{k}": f"deis-{k}" for k in (2, 3, 4)
+}
+"""Other names of the same method."""
+
 
 def canonical(name: str) -> str:
-    """The name a solver is stored under: ``ddim`` is ``euler``, ``ipndm`` is ``ipndm-3``."""
-    return {"ddim": "euler", "ipndm": "ipndm-3"}.get(name, name)
+    """The name a solver is stored under: that of :data:`SOLVERS`, for an alias too."""
+    return ALIASES.get(name, name)
 
 
 def get(name: str) -> Solver:
-    """The solver of that name (``ddim`` is an alias of ``euler``, ``ipndm`` of ``ipndm-3``).
+    """The solver of that name, or alias.
 
     Raises:
         InputError: naming the solvers that exist.

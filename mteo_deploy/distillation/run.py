@@ -21,7 +21,7 @@ from mteo_deploy.distillation.trajectories import Trajectories, reference_trajec
 from mteo_deploy.embeddings import EmbeddingSet
 from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.base import Adapter, load_backbone
-from mteo_deploy.plan import Plan, compile_plan, default_substeps, run
+from mteo_deploy.plan import Plan, default_substeps, run
 from mteo_deploy.progress import Reporter, reporter
 
 
@@ -152,7 +152,7 @@ def distill(
     *,
     steps: int,
     solver: str = "euler",
-    schedule: str = "polynomial",
+    schedule: str | None = None,
     recipe: Recipe = Recipe(),
     quiet: bool = False,
 ) -> EmbeddingSet:
@@ -163,6 +163,7 @@ def distill(
         output: the ``.safetensors`` file to write; a checkpoint lies beside it while the run lasts, and a second call
             with the same arguments goes on from there.
         steps: intervals of the schedule (evaluations, for solvers with one evaluation per interval).
+        schedule: where the time points lie; None for the backbone's default.
 
     Returns:
         The set; its ``training`` holds the parameters trained, the time, and the error before and after.
@@ -174,7 +175,7 @@ def distill(
     if output.suffix != ".safetensors":
         raise InputError(f"expected an output file ending in .safetensors; found {output}")
     adapter = load_backbone(Path(model))
-    plan = compile_plan(adapter.levels, steps=steps, solver=solver, schedule=schedule, prediction_type=adapter.prediction_type)
+    plan = adapter.compile_plan(steps, solver, schedule)
     output.parent.mkdir(parents=True, exist_ok=True)
     fingerprint = adapter.fingerprint()
     key = json.dumps([fingerprint, plan.to_json(), asdict(recipe)], sort_keys=True)
