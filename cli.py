@@ -111,11 +111,20 @@ def main() -> None:
 @click.option("--lr", type=float, default=0.05, show_default=True, help="Adam's learning rate, decayed by a cosine.")
 @click.option("--seed", type=int, default=1_000_000, show_default=True)
 @click.option("--bf16", is_flag=True, help="Train under bf16 autocast.")
+@click.option("--requests", type=PATH, help="npz to learn from: what the backbone wants beside the noise, [rows, ...] each.")
 @json_option
 @quiet_option
 @_verb
 def distill(
-    model: Path | None, steps: int, solver: str, schedule: str | None, output: Path, as_json: bool, quiet: bool, **recipe: Any
+    model: Path | None,
+    steps: int,
+    solver: str,
+    schedule: str | None,
+    output: Path,
+    requests: Path | None,
+    as_json: bool,
+    quiet: bool,
+    **recipe: Any,
 ) -> None:
     """Learn an embedding set for a frozen backbone.
 
@@ -134,6 +143,7 @@ def distill(
         solver=solver,
         schedule=schedule,
         recipe=Recipe(**recipe),
+        requests=requests,
         quiet=quiet or as_json,
     )
     training = result.training
@@ -269,6 +279,9 @@ def build(bundle: Path, batch: str | None, as_json: bool, quiet: bool, **options
 @realisation_option
 @click.option("--tables", type=PATH, help="Another bundle, whose embeddings and steps to use in this one's table engine.")
 @click.option("--class-labels", help="For a backbone with classes: one label, or as many as images, by comma.")
+@click.option(
+    "--requests", "request_file", type=PATH, help="npz of request inputs (prompt embeddings): one each, or as many as images."
+)
 @json_option
 @quiet_option
 @_verb
@@ -279,6 +292,7 @@ def sample(
     batch: int,
     output: Path,
     class_labels: str | None,
+    request_file: Path | None,
     as_json: bool,
     quiet: bool,
     **options: Any,
@@ -290,11 +304,13 @@ def sample(
     import time
 
     from mteo_deploy import images
+    from mteo_deploy import requests as given
     from mteo_deploy.progress import reporter
     from mteo_deploy.sampler import Sampler
 
     images.check_output(output)
-    requests = {} if class_labels is None else {"class_labels": _integers("--class-labels", class_labels)}
+    requests: dict[str, Any] = {} if request_file is None else given.read(request_file)
+    requests |= {} if class_labels is None else {"class_labels": _integers("--class-labels", class_labels)}
     sampler = Sampler.load(bundle, **options)
     clock = time.perf_counter()
     with reporter(quiet or as_json) as report:

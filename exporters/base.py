@@ -20,7 +20,7 @@ import torch
 from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.schedulers import noise_levels, scheduler_points
 from mteo_deploy.plan import Plan, compile_plan
-from mteo_deploy.requests import Request
+from mteo_deploy.requests import Arrays, Request, draw_all
 from mteo_deploy.schedules import SCHEDULER, Levels
 
 
@@ -107,9 +107,10 @@ class Adapter(ABC, torch.nn.Module):
         """The network with its own, ordinary time conditioning."""
         return self(state, *self.embeddings(torch.tensor([timestep], dtype=state.dtype)), **requests)
 
-    def draw_requests(self, count: int, seed: int) -> dict[str, torch.Tensor]:
-        """Random request inputs for ``count`` images, to learn from and to compare with."""
-        return {request.name: torch.from_numpy(request.draw(count, seed)) for request in self.requests}
+    def draw_requests(self, count: int, seed: int, given: Arrays | None = None) -> dict[str, torch.Tensor]:
+        """Request inputs for ``count`` images, to learn from and to compare with: rows of ``given``, or random ones."""
+        drawn = draw_all(self.requests, count, seed, given)
+        return {name: torch.from_numpy(values) for name, values in drawn.items()}
 
     @property
     def parameter_count(self) -> int:
@@ -129,8 +130,9 @@ def families() -> dict[str, type[Adapter]]:
     """Network class name -> adapter."""
     from mteo_deploy.exporters.dit import DiTAdapter
     from mteo_deploy.exporters.unet2d import UNet2DAdapter
+    from mteo_deploy.exporters.unet2d_condition import UNet2DConditionAdapter
 
-    adapters: tuple[type[Adapter], ...] = (UNet2DAdapter, DiTAdapter)
+    adapters: tuple[type[Adapter], ...] = (UNet2DAdapter, UNet2DConditionAdapter, DiTAdapter)
     return {adapter.family: adapter for adapter in adapters}
 
 

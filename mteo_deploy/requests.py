@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,8 @@ class Request:
         name: as the network calls it, e.g. ``class_labels``.
         dtype: numpy name of its element type.
         shape: of one image's value; the graph's input is ``[batch, *shape]``.
-        high: for integers, one more than the largest value.
+        high: for integers, one more than the largest value; what it may be otherwise is not known here, so a backbone learns
+            from values that its user has.
     """
 
     name: str
@@ -68,6 +71,40 @@ class Request:
         if integers and (found.dtype.kind not in "iu" or found.min() < 0 or found.max() >= (self.high or 0)):
             raise InputError(f"expected {self.name} as integers in [0, {self.high}); found {np.unique(found)[:8].tolist()}")
         return np.ascontiguousarray(np.broadcast_to(found, (count, *self.shape)).astype(self.dtype))
+
+
+def read(path: Path) -> dict[str, NDArray[Any]]:
+    """Arrays of an npz file by name: values of request inputs, one or many of each.
+
+    Raises:
+        InputError: for a file that is no npz of plain arrays.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+        raise InputError(f"expected an npz file of request inputs at {path}; {error}; write one with numpy.savez") from None
+
+
+def draw_all(
+    requests: Sequence[Request], count: int, seed: int, given: Mapping[str, NDArray[Any]] | None = None
+) -> dict[str, NDArray[Any]]:
+    """Request inputs for ``count`` images: rows of ``given``, the same row of every array, else random values.
+
+    Args:
+        given: name -> ``[rows, *shape]``.
+
+    Raises:
+        InputError: when ``given`` lacks one or has another, or their rows differ in number or do not fit.
+    """
+    if given is None:
+        return {request.name: request.draw(count, seed) for request in requests}
+    rows = {len(values) if np.ndim(values) else 0 for values in given.values()}
+    if len(rows) > 1 or 0 in rows:
+        raise InputError(f"expected as many values of each request input; found {sorted(rows)}")
+    whole = take_all(requests, given, next(iter(rows), 0))
+    chosen = np.random.default_rng(seed).integers(next(iter(rows), 1), size=count)
+    return {name: values[chosen] for name, values in whole.items()}
 
 
 def take_all(requests: Sequence[Request], given: Mapping[str, Any], count: int) -> dict[str, NDArray[Any]]:

@@ -6,6 +6,7 @@ on detached states stayed four times further from the reference for the same bud
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -23,6 +25,7 @@ from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.base import Adapter, load_backbone
 from mteo_deploy.plan import Plan, default_substeps, run
 from mteo_deploy.progress import Reporter, reporter
+from mteo_deploy.requests import Arrays, draw_all, read
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,31 @@ def _error(student: Student, data: Trajectories, batch: int) -> float:
     return float(torch.cat(errors).mean())
 
 
+def _requests(adapter: Adapter, requests: Path | str | Arrays | None) -> Arrays | None:
+    """What trajectories draw from; None for random class labels.
+
+    Raises:
+        InputError: when the backbone wants what cannot be drawn at random, such as prompts.
+    """
+    wanted = [request.name for request in adapter.requests if request.high is None]
+    if requests is None and wanted:
+        raise InputError(
+            f"expected values of {', '.join(wanted)} to learn from (prompt embeddings, say); pass --requests FILE, an npz with "
+            "an array [rows, ...] for each"
+        )
+    found = read(Path(requests)) if isinstance(requests, (Path, str)) else requests
+    if found is not None:
+        draw_all(adapter.requests, 1, 0, found)  # said before the work
+    return found
+
+
+def _digest(given: Arrays | None) -> str:
+    digest = hashlib.sha256()
+    for name, values in sorted((given or {}).items()):
+        digest.update(f"{name}{values.shape}{values.dtype}".encode() + np.ascontiguousarray(values).tobytes())
+    return digest.hexdigest()
+
+
 def distill(
     model: Path | str,
     output: Path | str,
@@ -154,6 +182,7 @@ def distill(
     solver: str = "euler",
     schedule: str | None = None,
     recipe: Recipe = Recipe(),
+    requests: Path | str | Arrays | None = None,
     quiet: bool = False,
 ) -> EmbeddingSet:
     """Learn an embedding set and write it to ``output``.
@@ -164,6 +193,9 @@ def distill(
             with the same arguments goes on from there.
         steps: intervals of the schedule (evaluations, for solvers with one evaluation per interval).
         schedule: where the time points lie; None for the backbone's default.
+
+        requests: what the backbone wants beside the noise, to learn from: an npz file or arrays ``[rows, ...]`` by name, of
+            which trajectories draw rows. None draws at random, which only class labels allow.
 
     Returns:
         The set; its ``training`` holds the parameters trained, the time, and the error before and after.
@@ -178,7 +210,8 @@ def distill(
     plan = adapter.compile_plan(steps, solver, schedule)
     output.parent.mkdir(parents=True, exist_ok=True)
     fingerprint = adapter.fingerprint()
-    key = json.dumps([fingerprint, plan.to_json(), asdict(recipe)], sort_keys=True)
+    given = _requests(adapter, requests)
+    key = json.dumps([fingerprint, plan.to_json(), asdict(recipe), _digest(given)], sort_keys=True)
     checkpoint = output.with_suffix(".checkpoint.safetensors")
     held_out = max(16, recipe.trajectories // 8)
     substeps = recipe.substeps or default_substeps(plan)
@@ -193,6 +226,7 @@ def distill(
             batch=recipe.batch,
             substeps=substeps,
             progress=lambda n: report.advance(task, n),
+            given=given,
         )
         reference_seconds = time.monotonic() - clock
         train, test = everything.take(slice(held_out, None)), everything.take(slice(held_out))

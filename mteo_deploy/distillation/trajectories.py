@@ -9,6 +9,7 @@ import torch
 
 from mteo_deploy.exporters.base import Adapter
 from mteo_deploy.plan import Plan, reference_plan, run
+from mteo_deploy.requests import Arrays
 from mteo_deploy.sampler import noise_for
 
 
@@ -32,16 +33,26 @@ class Trajectories:
 
 @torch.no_grad()
 def reference_trajectories(
-    adapter: Adapter, plan: Plan, *, count: int, seed: int, batch: int, substeps: int, progress: Callable[[int], None]
+    adapter: Adapter,
+    plan: Plan,
+    *,
+    count: int,
+    seed: int,
+    batch: int,
+    substeps: int,
+    progress: Callable[[int], None],
+    given: Arrays | None = None,
 ) -> Trajectories:
     """Solve the backbone's ODE finely from ``count`` noises and keep the states at the plan's time points.
 
     Args:
         progress: called with the number of trajectories finished since the last call.
+        given: request inputs to draw from; None for random ones.
     """
     fine = reference_plan(plan, adapter.levels, substeps)
     embeddings = adapter.embeddings(torch.tensor([e.timestep for e in fine.evaluations], dtype=torch.float32))
-    noise, requests = torch.from_numpy(noise_for(adapter.sample_shape, seed, range(count))), adapter.draw_requests(count, seed)
+    noise = torch.from_numpy(noise_for(adapter.sample_shape, seed, range(count)))
+    requests = adapter.draw_requests(count, seed, given)
     at = [i for i, e in enumerate(fine.evaluations) if e.time_point is not None and e.time_point % substeps == 0]
     chunks = []
     for start in range(0, count, batch):
