@@ -85,13 +85,13 @@ def compile_bundle(
     directory: Path,
     options: Options,
     report: Reporter,
-    size: tuple[int, ...],
+    height_width: tuple[int, ...],
 ) -> Compiled:
     """Trace, compile and write every graph below ``directory / "graphs"``.
 
     Args:
         embeddings: evaluation index -> site -> ``[1, width]``.
-        size: a height and width that the graphs take; another one than the backbone's own where they are open.
+        height_width: a size that the graphs take; another one than the backbone's own where they are open.
     """
     (directory / "graphs").mkdir()
     task = report.task("tracing", 2)
@@ -103,7 +103,7 @@ def compile_bundle(
     report.advance(task)
     task = report.task("compiling", 2 + len(options.realisations))
     conditioned = conditioned_graph(generic, time_embedding, sites)
-    steps = Steps(generic, plan, embeddings, options, [request.name for request in adapter.requests], size)
+    steps = Steps(generic, plan, embeddings, options, [request.name for request in adapter.requests], height_width)
     report.advance(task, 1, "splitting")
     weights = WeightFile(directory / "graphs" / "weights.bin")
     everything, size = _weights(conditioned), Size.of(conditioned)

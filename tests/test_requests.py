@@ -200,7 +200,7 @@ def test_other_sizes(class_model: Path, class_adapter: Adapter, tmp_path: Path) 
     """A UNet takes them, with a prelude too; a DiT has position embeddings of one size, and says so."""
     options: dict[str, Any] = {"steps": 2, "plain": True, "realisations": ["baked"], "quiet": True}
     if class_adapter.size_multiple is None:
-        with pytest.raises(InputError, match="DiTTransformer2DModel takes 8x8 only .* leave height and width out"):
+        with pytest.raises(InputError, match=r"DiTTransformer2DModel takes 8x8 only .* leave height and width out"):
             export(tmp_path / "b", model=class_model, dynamic=["batch", "width"], **options)
         with pytest.raises(InputError, match="found 8x10; DiTTransformer2DModel takes no other"):
             export(tmp_path / "b", model=class_model, **options).shape_at((8, 10))
