@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 ``verify`` found something wrong, 2 bad input or environme
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -64,6 +65,17 @@ def _integers(option: str, text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise InputError(f"expected {option} as integers, by comma; found {text!r}") from None
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def _size(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)x(\d+)", text)
+    if found is None:
+        raise InputError(f"expected --size as HEIGHTxWIDTH, e.g. 32x48; found {text!r}")
+    return int(found[1]), int(found[2])
 
 
 def _emit(data: Any) -> None:
@@ -165,7 +177,8 @@ def distill(
 @click.option("--plain", is_flag=True, help="Pretrained embeddings, nothing learned: the plain solver.")
 @click.option("--schedule", help="Time points of the plain solver, as in distill [default: the backbone's].")
 @click.option("--realisation", "realisations", multiple=True, help="baked, table or fused; repeatable [default: all].")
-@click.option("--batch", default="dynamic", show_default=True, help="Batch size of the graphs: a number, or dynamic.")
+@click.option("--dynamic", help="Axes left open, of batch,height,width [default: batch, unless --batch is one size].")
+@click.option("--batch", help="One size: the only one. Several, by comma: the batch stays open, build compiles for these.")
 @click.option("--passes", default="absorb,hoist", show_default=True, help="Optional compiler passes, by comma; '' for none.")
 @click.option("--dump-after", metavar="PASS", help="Leave each step graph after PASS in OUTPUT.after-PASS/.")
 @click.option("-o", "--output", type=PATH, default=Path("bundle"), show_default=True, help="Bundle directory to write.")
@@ -173,17 +186,28 @@ def distill(
 @quiet_option
 @_verb
 def export(
-    as_json: bool, quiet: bool, output: Path, realisations: tuple[str, ...], passes: str, batch: str, **options: Any
+    as_json: bool,
+    quiet: bool,
+    output: Path,
+    realisations: tuple[str, ...],
+    passes: str,
+    dynamic: str | None,
+    batch: str | None,
+    **options: Any,
 ) -> None:
     """Bake an embedding set into one ONNX graph per evaluation: a bundle.
 
+    \b
     Example:  mteo-deploy export --steps 4 -o bundle
+              mteo-deploy export --steps 4 --batch 1,4,16 -o bundle
+              mteo-deploy export --steps 4 --dynamic batch,height,width -o bundle
     """
     from mteo_deploy.exporters.export import export as run
 
     options |= {"realisations": realisations} if realisations else {}
-    options["batch"] = None if batch == "dynamic" else _integers("--batch", batch)[0]
-    bundle = run(output, passes=[name for name in passes.split(",") if name], quiet=quiet or as_json, **options)
+    options["dynamic"] = None if dynamic is None else _names(dynamic)
+    options["batch"] = [] if batch is None else _integers("--batch", batch)
+    bundle = run(output, passes=_names(passes), quiet=quiet or as_json, **options)
     compiler = bundle.manifest["compiler"]
     if as_json:
         _emit({"bundle": str(output), "seconds": bundle.manifest["export_seconds"], "compiler": compiler})
@@ -237,7 +261,7 @@ def _sites_line(sites: list[dict[str, Any]]) -> str:
 @click.option("--device", help="Where it runs the graphs [default: the engine's best].")
 @click.option("--realisation", default="auto", show_default=True, help="baked, table, fused, or auto: time them.")
 @click.option("--precision", default="fp32", show_default=True, help="fp32 or bf16: what the engine may compute in.")
-@click.option("--batch", help="Batch sizes to compile for, by comma; the first is timed [default: any size, timed at 1].")
+@click.option("--batch", help="Batch sizes to compile for, by comma; the first is timed [default: export's, else any].")
 @click.option("--threads", type=int, help="Threads inside an operator [default: the engine's choice].")
 @json_option
 @quiet_option
@@ -273,6 +297,7 @@ def build(bundle: Path, batch: str | None, as_json: bool, quiet: bool, **options
 @click.option("--num", type=int, default=16, show_default=True, help="How many images.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Image i depends on (seed, i) only.")
 @click.option("--batch", type=int, default=16, show_default=True, help="Images per engine call.")
+@click.option("--size", help="HEIGHTxWIDTH, for a bundle that leaves them open [default: the backbone's own].")
 @click.option("-o", "--output", type=PATH, default=Path("grid.png"), show_default=True, help=".png (grid), .npz, or a folder.")
 @engine_option
 @device_option
@@ -290,6 +315,7 @@ def sample(
     num: int,
     seed: int,
     batch: int,
+    size: str | None,
     output: Path,
     class_labels: str | None,
     request_file: Path | None,
@@ -299,7 +325,9 @@ def sample(
 ) -> None:
     """Draw images from a built bundle.
 
+    \b
     Example:  mteo-deploy sample bundle --num 64 --seed 0 --batch 16 -o grid.png
+              mteo-deploy sample bundle --size 32x48 -o grid.png
     """
     import time
 
@@ -311,11 +339,12 @@ def sample(
     images.check_output(output)
     requests: dict[str, Any] = {} if request_file is None else given.read(request_file)
     requests |= {} if class_labels is None else {"class_labels": _integers("--class-labels", class_labels)}
+    shape = None if size is None else _size(size)
     sampler = Sampler.load(bundle, **options)
     clock = time.perf_counter()
     with reporter(quiet or as_json) as report:
         task = report.task("sampling", num)
-        drawn = sampler(num=num, seed=seed, batch=batch, progress=lambda n: report.advance(task, n), requests=requests)
+        drawn = sampler(num, seed, batch, lambda n: report.advance(task, n), requests, shape)
     seconds = time.perf_counter() - clock
     images.save(drawn, output)
     if as_json:
@@ -465,12 +494,15 @@ def inspect(path: Path, other: Path | None, as_json: bool) -> None:
     plan = found["plan"]
     if found["kind"] == "bundle":
         backbone, embeddings = found["backbone"], found["embeddings"]
+        opened = ", ".join(found["dynamic"]) or "nothing"
+        sizes = f"; batch {', '.join(map(str, found['batches']))} asked for" if found["batches"] else ""
         click.echo(f"bundle, schema {found['schema']}, made by mteo-deploy {found['versions']['mteo-deploy']}")
         click.echo(
             f"backbone   {backbone['family']} ({backbone['source']}), {backbone['parameters']:,} parameters, "
             f"samples {'x'.join(map(str, backbone['sample_shape']))}, {backbone['prediction_type']}"
         )
         click.echo(f"embeddings {embeddings['parameters']:,} numbers at {len(embeddings['sites'])} sites")
+        click.echo(f"open       {opened}{sizes}")
         click.echo(f"built      {', '.join(found['engines']) or 'nothing yet'}")
         total = sum(found["files"].values())
         click.echo(f"files      {len(found['files'])}, {total / 1e6:.2f} MB, all hashes right")

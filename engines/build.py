@@ -58,7 +58,8 @@ def build(
         device: ``cpu``, ...; None for the engine's best.
         realisation: ``baked``, ``table``, ``fused``, or ``auto``: time those the bundle has and take the fastest.
         precision: ``fp32`` or ``bf16``; what the engine may compute in.
-        batch: batch sizes to compile for and to measure the first of; empty for any size, measured at 1.
+        batch: batch sizes to compile for and to measure the first of; empty for those that the bundle was exported for, and
+            for any size, measured at 1, where it was for none.
         seconds: how long to measure.
         threads: threads inside an operator; None for the engine's own choice.
 
@@ -78,6 +79,7 @@ def build(
     if any(size < 1 for size in batch) or seconds <= 0:
         raise InputError(f"expected --batch of 1 or more and --seconds above 0; found {list(batch)} and {seconds}")
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    batch = batch or bundle.batches
     targets = [one for one in (installed() if engine == AUTO else [backend(engine)]) if precision in one.precisions]
     if not targets:
         raise InputError(f"expected an engine that computes in {precision}; {engine} does not; mteo-deploy doctor lists them")

@@ -222,6 +222,10 @@ class TensorRtBackend:
         for i in range(network.num_inputs):
             tensor = network.get_input(i)
             shape = tuple(tensor.shape)
+            if -1 in shape[1:]:
+                raise EngineError(
+                    f"expected one height and width for tensorrt; {graph} leaves them open; export again with --dynamic batch"
+                )
             if -1 in shape:
                 least, usual, most = ROWS if tensor.name == "table" else (min(sizes), max(sizes), max(sizes))
                 fill = [tuple(count if size == -1 else size for size in shape) for count in (least, usual, most)]

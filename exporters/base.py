@@ -40,6 +40,7 @@ class Adapter(ABC, torch.nn.Module):
         network_class: that class; :meth:`load` reads it with its ``from_pretrained``.
         sites: in the order the embeddings are passed.
         sample_shape: ``(channels, height, width)``.
+        size_multiple: the network takes other heights and widths too, multiples of this; None: it takes its own only.
         requests: what is given once per request beside the noise, such as class labels.
     """
 
@@ -48,6 +49,7 @@ class Adapter(ABC, torch.nn.Module):
     network: torch.nn.Module
     sites: tuple[Site, ...]
     sample_shape: tuple[int, ...]
+    size_multiple: int | None = None
     requests: tuple[Request, ...] = ()
     prediction_type: str
     levels: Levels

@@ -59,7 +59,7 @@ class Compiled:
         prelude: the request-time part of all evaluations; None when there is none.
         size: of the network with ordinary time conditioning, as traced.
         sites: what became of each site, per realisation.
-        batch: the batch size of every graph, or "dynamic".
+        options: what it was asked for.
     """
 
     realisations: dict[str, Any]
@@ -68,7 +68,7 @@ class Compiled:
     prelude: CompiledGraph | None
     size: Size
     sites: list[dict[str, Any]]
-    batch: int | str
+    options: Options
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -85,23 +85,25 @@ def compile_bundle(
     directory: Path,
     options: Options,
     report: Reporter,
+    height_width: tuple[int, ...],
 ) -> Compiled:
     """Trace, compile and write every graph below ``directory / "graphs"``.
 
     Args:
         embeddings: evaluation index -> site -> ``[1, width]``.
+        height_width: a size that the graphs take; another one than the backbone's own where they are open.
     """
     (directory / "graphs").mkdir()
     task = report.task("tracing", 2)
-    generic = trace_generic(adapter)
-    if options.batch is not None:
-        run_passes(generic, [FixBatch(options.batch)])
+    generic = trace_generic(adapter, options.dynamic)
+    if options.fixed_batch is not None:
+        run_passes(generic, [FixBatch(options.fixed_batch)])
     report.advance(task)
     time_embedding, sites = trace_time_embedding(adapter)
     report.advance(task)
     task = report.task("compiling", 2 + len(options.realisations))
     conditioned = conditioned_graph(generic, time_embedding, sites)
-    steps = Steps(generic, plan, embeddings, options, [request.name for request in adapter.requests])
+    steps = Steps(generic, plan, embeddings, options, [request.name for request in adapter.requests], height_width)
     report.advance(task, 1, "splitting")
     weights = WeightFile(directory / "graphs" / "weights.bin")
     everything, size = _weights(conditioned), Size.of(conditioned)
@@ -135,7 +137,7 @@ def compile_bundle(
     written = write(conditioned, run_passes(conditioned, [Fold()]), "conditioned.onnx", only_here)
     report.advance(task, 1, "conditioned")
     ordered = {name: realisations[name] for name in NAMES if name in realisations}
-    return Compiled(ordered, written, graphs, prelude, size, steps.site_report(), options.batch or "dynamic")
+    return Compiled(ordered, written, graphs, prelude, size, steps.site_report(), options)
 
 
 def _write_table(steps: Steps, directory: Path, write: Callable[..., CompiledGraph]) -> CompiledGraph:

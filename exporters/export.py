@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,14 @@ from mteo_deploy.embeddings import EmbeddingSet
 from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.base import Adapter, load_backbone, site_dict
 from mteo_deploy.exporters.compiler import Compiled, compile_bundle
-from mteo_deploy.exporters.options import OPTIONAL, Options
+from mteo_deploy.exporters.options import AXES, OPTIONAL, Options
 from mteo_deploy.plan import Plan, default_substeps, reference_plan, run
 from mteo_deploy.progress import reporter
 from mteo_deploy.realisations import NAMES
 from mteo_deploy.sampler import noise_for
 from mteo_deploy.solvers import canonical
 
-REFERENCE_SEED, REFERENCE_COUNT = 20260322, 4
+REFERENCE_SEED, REFERENCE_COUNT, OTHER_COUNT = 20260322, 4, 2
 
 
 def pretrained_set(adapter: Adapter, steps: int, solver: str, schedule: str | None = None) -> EmbeddingSet:
@@ -45,12 +45,32 @@ def _embeddings_at(adapter: Adapter, embeddings: EmbeddingSet, index: int) -> di
     return {site.name: one.numpy() + embeddings.deltas[site.name][index : index + 1] for site, one in pairs}
 
 
-@torch.no_grad()
-def _reference(adapter: Adapter, embeddings: EmbeddingSet, path: Path) -> None:
-    """Store noise and the torch sampler's states, for verification without torch."""
-    noise = torch.from_numpy(noise_for(adapter.sample_shape, REFERENCE_SEED, range(REFERENCE_COUNT)))
-    plan, kept = embeddings.plan, []
+def _reference(adapter: Adapter, embeddings: EmbeddingSet, path: Path, size: tuple[int, ...]) -> None:
+    """Store noise and the torch sampler's states, for verification without torch; of another size too, where it is open."""
     requests = adapter.draw_requests(REFERENCE_COUNT, REFERENCE_SEED)
+    channels, *own = adapter.sample_shape
+    found = _torch_trajectory(adapter, embeddings, adapter.sample_shape, requests)
+    if size != tuple(own):
+        part = {name: values[:OTHER_COUNT] for name, values in requests.items()}
+        other = _torch_trajectory(adapter, embeddings, (channels, *size), part, OTHER_COUNT)
+        found |= {f"other/{name}": values for name, values in other.items()}
+    found |= {f"request/{name}": values for name, values in requests.items()}
+    path.parent.mkdir()
+    save_file({name: values.numpy() for name, values in found.items()}, path)
+    path.chmod(0o644)  # safetensors writes for the owner only
+
+
+@torch.no_grad()
+def _torch_trajectory(
+    adapter: Adapter,
+    embeddings: EmbeddingSet,
+    shape: tuple[int, ...],
+    requests: Mapping[str, torch.Tensor],
+    count: int = REFERENCE_COUNT,
+) -> dict[str, torch.Tensor]:
+    """``noise [count, *shape]``; ``states`` and ``kept`` ``[evaluations, count, *shape]`` of the torch sampler."""
+    noise = torch.from_numpy(noise_for(shape, REFERENCE_SEED, range(count)))
+    plan, kept = embeddings.plan, []
 
     def network(i: int, state: torch.Tensor) -> torch.Tensor:
         values = _embeddings_at(adapter, embeddings, i)
@@ -60,11 +80,26 @@ def _reference(adapter: Adapter, embeddings: EmbeddingSet, path: Path) -> None:
         return output
 
     states = run(plan, noise, network)
-    path.parent.mkdir()
-    found = {"noise": noise, "states": torch.stack(list(states)), "kept": torch.stack(kept)}
-    found |= {f"request/{name}": values for name, values in requests.items()}
-    save_file({name: values.numpy() for name, values in found.items()}, path)
-    path.chmod(0o644)  # safetensors writes for the owner only
+    return {"noise": noise, "states": torch.stack(list(states)), "kept": torch.stack(kept)}
+
+
+def _other_size(adapter: Adapter, dynamic: Collection[str]) -> tuple[int, ...]:
+    """A height and width to check beside the backbone's own: larger where they are open, and not by the same.
+
+    Raises:
+        InputError: when the backbone takes no other.
+    """
+    _, height, width = adapter.sample_shape
+    opened = [axis for axis in ("height", "width") if axis in dynamic]
+    if not opened:
+        return height, width
+    if adapter.size_multiple is None:
+        raise InputError(
+            f"expected a backbone that takes other sizes with --dynamic {','.join(opened)}; {adapter.family} takes "
+            f"{height}x{width} only (its position embeddings are of that size); leave height and width out"
+        )
+    steps = [adapter.size_multiple * (axis in dynamic) for axis in ("height", "width")]
+    return height + steps[0], width + 2 * steps[1]
 
 
 def _versions() -> dict[str, str]:
@@ -88,6 +123,7 @@ def _manifest(adapter: Adapter, embeddings: EmbeddingSet, compiled: Compiled, so
             "fingerprint": embeddings.backbone,
             "parameters": adapter.parameter_count,
             "sample_shape": list(adapter.sample_shape),
+            "size_multiple": adapter.size_multiple,
             "prediction_type": adapter.prediction_type,
         },
         "embeddings": {
@@ -99,7 +135,9 @@ def _manifest(adapter: Adapter, embeddings: EmbeddingSet, compiled: Compiled, so
         },
         "plan": plan.to_json(),
         "precision": "fp32",
-        "batch": compiled.batch,
+        "batch": compiled.options.fixed_batch or "dynamic",
+        "batches": list(compiled.options.batch),
+        "dynamic": [axis for axis in AXES if axis in compiled.options.dynamic],
         "realisations": compiled.realisations,
         "conditioned": compiled.conditioned.entry,
         "requests": [request.to_json() for request in adapter.requests],
@@ -168,7 +206,8 @@ def export(
     plain: bool = False,
     realisations: Sequence[str] = NAMES,
     passes: Sequence[str] = OPTIONAL,
-    batch: int | None = None,
+    dynamic: Sequence[str] | None = None,
+    batch: Sequence[int] = (),
     dump_after: str | None = None,
     quiet: bool = False,
 ) -> Bundle:
@@ -184,18 +223,22 @@ def export(
         plain: use the pretrained embeddings unchanged (the plain solver).
         realisations: which to write, of ``baked``, ``table`` and ``fused``; they share their weights.
         passes: optional compiler passes to run.
-        batch: the only batch size of every graph, for engines that plan better when they know it; None leaves it open.
+        dynamic: axes of the state to leave open, of ``batch``, ``height`` and ``width``; None for the batch, unless ``batch``
+            is one size.
+        batch: one size is the only one of every graph; with several the batch stays open, and ``build`` compiles for these.
         dump_after: a pass after which to leave each step graph, whole, in ``<output>.after-<pass>/``.
 
     Returns:
         The bundle, opened.
 
     Raises:
-        InputError: for a model that is not supported or an embedding set that does not fit.
+        InputError: for a model that is not supported, an embedding set that does not fit, or axes that cannot be open.
     """
     output = Path(output)
     dump = output.with_name(f"{output.name}.after-{dump_after}") if dump_after else None
-    options = Options(realisations, passes, batch, dump_after, dump)
+    if dynamic is None:
+        dynamic = () if len(batch) == 1 else ("batch",)
+    options = Options(realisations, passes, dynamic, batch, dump_after, dump)
     if steps is not None and steps < 1:
         raise InputError(f"expected --steps of 1 or more; found {steps}")
     model = None if model is None else Path(model)
@@ -204,6 +247,7 @@ def export(
     if model is None and embeddings is None and not plain:
         assets.embeddings(4 if steps is None else steps, solver or "euler")  # a clear error before the model is loaded
     adapter = load_backbone(assets.MODEL if model is None else model)
+    size = _other_size(adapter, options.dynamic)
     chosen = _choose(model, embeddings, steps, solver, schedule, plain, adapter)
     sites: Mapping[str, int] = site_dict(adapter.sites)
     chosen.check(adapter.fingerprint(), sites)
@@ -213,9 +257,9 @@ def export(
         def embeddings_at(index: int) -> dict[str, np.ndarray]:
             return _embeddings_at(adapter, chosen, index)
 
-        compiled = compile_bundle(adapter, chosen.plan, embeddings_at, directory, options, report)
+        compiled = compile_bundle(adapter, chosen.plan, embeddings_at, directory, options, report, size)
         chosen.save(directory / "embeddings.safetensors")
-        _reference(adapter, chosen, directory / "reference" / "reference.safetensors")
+        _reference(adapter, chosen, directory / "reference" / "reference.safetensors", size)
         manifest = _manifest(adapter, chosen, compiled, "packaged" if model is None else model.name)
         manifest["export_seconds"] = round(time.monotonic() - clock, 2)
         write_manifest(directory, manifest)

@@ -1,4 +1,4 @@
-"""What to compile: realisations, optional passes, batch size."""
+"""What to compile: realisations, optional passes, open axes and batch sizes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from mteo_deploy.realisations import NAMES
 
 OPTIONAL = ("absorb", "hoist")
 """Passes that may be left out; the others make the graph what it is."""
+AXES = ("batch", "height", "width")
+"""Axes of the state that a graph can leave open."""
 
 
 @dataclass(frozen=True)
@@ -20,13 +22,15 @@ class Options:
     Attributes:
         realisations: which to write.
         passes: optional passes to run.
-        batch: the only batch size of every graph; None leaves it open.
+        dynamic: the axes that stay open, out of :data:`AXES`.
+        batch: batch sizes to make the graphs ready for; one, where the batch is not open: the only one of every graph.
         dump_after: a pass after which each step graph is written to ``dump``.
     """
 
     realisations: Sequence[str] = NAMES
     passes: Collection[str] = OPTIONAL
-    batch: int | None = None
+    dynamic: Collection[str] = ("batch",)
+    batch: Sequence[int] = ()
     dump_after: str | None = None
     dump: Path | None = None
 
@@ -34,12 +38,23 @@ class Options:
         for what, found, known in (
             ("--realisation", self.realisations, NAMES),
             ("--passes", self.passes, OPTIONAL),
+            ("--dynamic", self.dynamic, AXES),
             ("--dump-after", [self.dump_after or "bind"], ("bind", "update", "absorb", "share")),
         ):
             for name in found:
                 if name not in known:
                     raise InputError(f"expected {what} out of {', '.join(known)}; found {name!r}")
-        if self.batch is not None and self.batch < 1:
-            raise InputError(f"expected --batch of 1 or more, or dynamic; found {self.batch}")
+        if any(size < 1 for size in self.batch):
+            raise InputError(f"expected --batch of 1 or more; found {', '.join(map(str, self.batch))}")
+        if "batch" not in self.dynamic and len(self.batch) != 1:
+            raise InputError(
+                f"expected one size with --batch for graphs whose batch is not open; found {len(self.batch)}; pass one, or add "
+                "batch to --dynamic"
+            )
         if not self.realisations:
             raise InputError(f"expected at least one --realisation out of {', '.join(NAMES)}; found none")
+
+    @property
+    def fixed_batch(self) -> int | None:
+        """The only batch size of every graph; None where the batch is open."""
+        return None if "batch" in self.dynamic else self.batch[0]

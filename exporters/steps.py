@@ -40,6 +40,7 @@ class Steps:
     """The step graphs of a plan, made when first asked for: ``baked``, and ``alike``, which differ in constants only.
 
     Attributes:
+        size: a height and width that the network takes, to compare numbers at where they are open.
         prelude: the request-time part of all of them, ``requests -> step_<ii>/request/<layer> ...``; None when none.
     """
 
@@ -50,8 +51,9 @@ class Steps:
         embeddings: Callable[[int], Mapping[str, Array]],
         options: Options,
         requests: Sequence[str] = (),
+        size: tuple[int, ...] = (2, 2),
     ) -> None:
-        self.template, self.plan, self.options = generic, plan, options
+        self.template, self.plan, self.options, self.size = generic, plan, options, size
         run_passes(generic, [Fold()])
         names = [value.name or "" for value in generic.graph.inputs[1:] if value.name not in requests]
         self.embeddings, self.time_part = names, split_time_part(generic, names)
@@ -153,7 +155,7 @@ class Steps:
 
     def _feeds(self, model: ir.Model) -> dict[str, NDArray[Any]]:
         """Random values for state, requests and history, batch 2, beside the first evaluation's constants."""
-        feeds = random_feeds(model) | self.values[0]
+        feeds = random_feeds(model, self.size) | self.values[0]
         history = {f"history_{lag}": feeds["state"][::-1].copy() for lag in range(1, self.plan.history + 1)}
         return feeds | history
 
@@ -186,11 +188,16 @@ class Steps:
         return report
 
 
-def random_feeds(model: ir.Model) -> dict[str, NDArray[Any]]:
-    """A value for every input: standard normal floats, integers of zero; 2 for each open dimension."""
+def random_feeds(model: ir.Model, size: tuple[int, ...] = ()) -> dict[str, NDArray[Any]]:
+    """A value for every input: standard normal floats, integers of zero.
+
+    Args:
+        size: for the third and fourth dimension where they are open; every other open dimension is 2.
+    """
+    opened = (2, 2, *size)
     generator, feeds = np.random.default_rng(0), {}
     for value in model.graph.inputs:
-        shape = [d if isinstance(d, int) else 2 for d in value.shape or ()]
+        shape = [d if isinstance(d, int) else opened[axis] for axis, d in enumerate(value.shape or ())]
         floats = value.dtype == ir.DataType.FLOAT
         feeds[value.name or ""] = generator.standard_normal(shape, np.float32) if floats else np.zeros(shape, np.int64)
     return feeds

@@ -10,7 +10,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -75,15 +75,25 @@ def embedding_input(site: str) -> str:
     return f"emb/{site}"
 
 
-def trace_generic(adapter: Adapter) -> ir.Model:
-    """The generic graph: ``(state [batch, ...], emb/<site> [1, width] ..., <request> [batch, ...] ...) -> output``."""
+def trace_generic(adapter: Adapter, dynamic: Collection[str] = ()) -> ir.Model:
+    """The generic graph: ``(state [batch, ...], emb/<site> [1, width] ..., <request> [batch, ...] ...) -> output``.
+
+    Args:
+        dynamic: ``height``, ``width``: axes of the state to leave open beside the batch.
+    """
     state = torch.zeros(2, *adapter.sample_shape)
     embeddings = [torch.zeros(1, site.width) for site in adapter.sites]
     requests = list(adapter.draw_requests(2, 0).values())
     names = ["state", *(embedding_input(site.name) for site in adapter.sites), *(r.name for r in adapter.requests)]
-    batch = {0: torch.export.Dim("batch", min=1, max=4096)}
-    dynamic = (batch, [None] * len(embeddings), [batch] * len(requests))
-    return _export(_Generic(adapter), (state, embeddings, requests), names, ["output"], dynamic)
+    batch = {0: torch.export.Dim("batch", min=1, max=63)}  # diffusers copies from 64 on: a range over it is traced twice
+    shapes = (batch | _open_sizes(adapter, dynamic), [None] * len(embeddings), [batch] * len(requests))
+    return _export(_Generic(adapter), (state, embeddings, requests), names, ["output"], shapes)
+
+
+def _open_sizes(adapter: Adapter, dynamic: Collection[str]) -> dict[int, Any]:
+    """Axis -> what torch.export may assume: that the backbone can halve it as often as it does, and nothing more."""
+    axes = {axis: torch.export.Dim(name, min=1, max=4096) for axis, name in ((2, "height"), (3, "width")) if name in dynamic}
+    return {axis: dim if adapter.size_multiple == 1 else adapter.size_multiple * dim for axis, dim in axes.items()}
 
 
 def trace_time_embedding(adapter: Adapter) -> tuple[ir.Model, dict[str, int]]:

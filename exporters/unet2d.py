@@ -33,6 +33,7 @@ class UNetAdapter(Adapter):
         size = network.config.sample_size
         height, width = size if isinstance(size, (tuple, list)) else (size, size)
         self.sample_shape = (int(network.config.in_channels), int(height), int(width))
+        self.size_multiple = 2 ** sum(bool(getattr(block, "downsamplers", None)) for block in network.down_blocks)
         blocks = [
             (name, m) for name, m in network.named_modules() if isinstance(m, ResnetBlock2D) and m.time_emb_proj is not None
         ]

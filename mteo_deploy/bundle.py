@@ -138,6 +138,34 @@ class Bundle:
         """Shape of one sample, ``(channels, height, width)``."""
         return tuple(self.manifest["backbone"]["sample_shape"])
 
+    def shape_at(self, size: tuple[int, int] | None) -> tuple[int, ...]:
+        """Shape of one sample of another ``(height, width)``; None for the backbone's own.
+
+        Raises:
+            InputError: for a size that the bundle does not take.
+        """
+        channels, *own = self.sample_shape
+        if size is None:
+            return self.sample_shape
+        backbone, opened = self.manifest["backbone"], self.manifest.get("dynamic", [])
+        multiple = backbone.get("size_multiple")
+        fixed = [axis for axis, n, only in zip(("height", "width"), size, own, strict=True) if n != only and axis not in opened]
+        asked, native = "x".join(map(str, size)), "x".join(map(str, own))
+        if fixed:
+            way_out = "export again with --dynamic batch,height,width" if multiple else f"{backbone['family']} takes no other"
+            raise InputError(
+                f"expected --size {native}, since {' and '.join(fixed)} of this bundle are fixed; found {asked}; {way_out}"
+            )
+        if list(size) != own and any(n < 1 or n % multiple for n in size):
+            near = "x".join(str(max(1, round(n / multiple)) * multiple) for n in size)
+            raise InputError(f"expected --size in multiples of {multiple}; found {asked}; the nearest is {near}")
+        return (channels, *size)
+
+    @property
+    def batches(self) -> list[int]:
+        """Batch sizes that the bundle was exported for; none for any."""
+        return [int(size) for size in self.manifest.get("batches", [])]
+
     @property
     def realisations(self) -> dict[str, Any]:
         """Realisations the bundle has: ``baked`` (a list, see :attr:`step_graphs`), ``table`` and ``fused`` (one entry)."""
@@ -190,7 +218,10 @@ class Bundle:
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def reference(self) -> dict[str, NDArray[np.float32]]:
-        """The torch reference: ``noise`` ``[count, ...]``, ``states`` and ``kept`` ``[evaluations, count, ...]``."""
+        """The torch reference: ``noise`` ``[count, ...]``, ``states`` and ``kept`` ``[evaluations, count, ...]``.
+
+        Where height or width are open, ``other/noise``, ... at another size too.
+        """
         return self._arrays(self.manifest["reference"]["file"], "reference")
 
     def _arrays(self, name: str, what: str) -> dict[str, NDArray[np.float32]]:

@@ -44,6 +44,8 @@ def inspect(path: Path | str) -> dict[str, Any]:
     return {
         "kind": "bundle",
         **{key: manifest[key] for key in ("schema", "versions", "backbone", "embeddings", "precision", "batch")},
+        "batches": bundle.batches,
+        "dynamic": manifest.get("dynamic", []),
         "plan": _plan(bundle.plan),
         "compiler": manifest["compiler"],
         "files": {name: entry["bytes"] for name, entry in manifest["files"].items()},

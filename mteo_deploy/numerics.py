@@ -101,14 +101,28 @@ def _free_running(sampler: Sampler) -> tuple[list[Array], Array]:
 
 def trajectory_check(sampler: Sampler, tolerance: float) -> Check:
     """Free-running: the whole loop from the stored noise; names the first and the worst evaluation over the tolerance."""
-    found, expected = _free_running(sampler)
+    return _trajectory("trajectory", *_free_running(sampler), tolerance)
+
+
+def size_checks(sampler: Sampler, tolerance: float) -> list[Check]:
+    """Free-running at another height and width than the backbone's own, where the bundle leaves them open."""
+    if not {"height", "width"} & set(sampler.bundle.manifest.get("dynamic", [])):
+        return []
+    reference = sampler.bundle.reference()
+    noise = reference["other/noise"]
+    found = sampler.states(noise, sampler.bundle.reference_requests(len(noise)))
+    height, width = noise.shape[2:]
+    return [_trajectory(f"size {height}x{width}", found, reference["other/states"], tolerance)]
+
+
+def _trajectory(name: str, found: list[Array], expected: Array, tolerance: float) -> Check:
     errors = [relative_error(*pair) for pair in zip(found, expected, strict=True)]
     over = [i for i, error in enumerate(errors) if not error <= tolerance]
     worst = int(np.argmax(errors))
     detail = f"worst after evaluation {worst}: {errors[worst]:.1e} (allowed {tolerance:.0e})"
     if over:
         detail += f"; first over it: evaluation {over[0]}, {worst_region(found[over[0]], expected[over[0]])}"
-    return Check("trajectory", not over, f"{detail}; images {psnr(found[-1], expected[-1]):.0f} dB")
+    return Check(name, not over, f"{detail}; images {psnr(found[-1], expected[-1]):.0f} dB")
 
 
 def image_error(sampler: Sampler) -> float:

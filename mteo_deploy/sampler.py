@@ -155,6 +155,7 @@ class Sampler:
         batch: int = 16,
         progress: Callable[[int], None] | None = None,
         requests: Mapping[str, Any] | None = None,
+        size: tuple[int, int] | None = None,
     ) -> Array:
         """Sample ``num`` images; image ``i`` depends on ``(seed, i)`` and its own request inputs only.
 
@@ -163,14 +164,15 @@ class Sampler:
             progress: called with the number of images finished.
             requests: what the backbone wants beside the noise, e.g. ``{"class_labels": [3]}``: one value, or one
                 per image.
+            size: height and width, where the bundle leaves them open; None for the backbone's own.
 
         Returns:
             float32 ``[num, channels, height, width]``, nominally in [-1, 1].
 
         Raises:
-            InputError: for a count, seed, batch or request input out of range.
+            InputError: for a count, seed, batch, size or request input out of range.
         """
-        return self._batches(num, seed, batch, lambda noise, given: self.states(noise, given)[-1], progress, requests)
+        return self._batches(num, seed, batch, lambda noise, given: self.states(noise, given)[-1], progress, requests, size)
 
     def conditioned(
         self,
@@ -180,13 +182,14 @@ class Sampler:
         batch: int = 16,
         progress: Callable[[int], None] | None = None,
         requests: Mapping[str, Any] | None = None,
+        size: tuple[int, int] | None = None,
     ) -> Array:
         """Sample with any plan on the same backbone with ordinary time conditioning, same noise, same engine."""
 
         def images(noise: Array, given: Arrays) -> Array:
             return self.conditioned_states(plan, noise, given)[-1]
 
-        return self._batches(num, seed, batch, images, progress, requests)
+        return self._batches(num, seed, batch, images, progress, requests, size)
 
     def conditioned_states(self, plan: Plan, noise: Array, requests: Arrays | None = None) -> Sequence[Array]:
         session, given = self.conditioned_session, requests or {}
@@ -211,15 +214,16 @@ class Sampler:
         images_from: Callable[[Array, Arrays], Array],
         progress: Callable[[int], None] | None,
         requests: Mapping[str, Any] | None,
+        size: tuple[int, int] | None,
     ) -> Array:
         if num < 1 or batch < 1:
             raise InputError(f"expected --num and --batch of 1 or more; found {num} and {batch}")
-        given = take_all(self.bundle.requests, requests or {}, num)
+        given, shape = take_all(self.bundle.requests, requests or {}, num), self.bundle.shape_at(size)
         chunks = []
         for start in range(0, num, batch):
             indices = range(start, min(start + batch, num))
             part = {name: values[start : indices.stop] for name, values in given.items()}
-            chunks.append(images_from(noise_for(self.bundle.sample_shape, seed, indices), part))
+            chunks.append(images_from(noise_for(shape, seed, indices), part))
             if progress:
                 progress(len(indices))
         return np.concatenate(chunks)

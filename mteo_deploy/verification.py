@@ -117,6 +117,7 @@ def verify(
         "noise": lambda: [numerics.seed_check(sampler)],
         "evaluations": lambda: numerics.evaluation_checks(sampler, tolerance["evaluation"]),
         "trajectory": lambda: [numerics.trajectory_check(sampler, tolerance["trajectory"])],
+        "other size": lambda: numerics.size_checks(sampler, tolerance["trajectory"]),
         "canaries": lambda: numerics.canaries(sampler, tolerance["batch"]),
     }
     with reporter(quiet) as report:

@@ -1,22 +1,32 @@
-"""Session fixtures: one small backbone trained on scikit-learn's 8x8 digits, and what the verbs make of it."""
+"""Session fixtures: one small backbone trained on scikit-learn's 8x8 digits, and what the verbs make of it.
+
+The whole suite runs in several processes, each with its share of the tests (pytest-xdist). What is slow to make is made by
+the first process that asks for it, in a directory that they share; the others wait.
+"""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
+from filelock import FileLock
 
 from mteo_deploy.distillation import Recipe, distill
 from mteo_deploy.embeddings import EmbeddingSet
 from mteo_deploy.engines.build import build
+from mteo_deploy.exporters import compiler
 from mteo_deploy.exporters.base import Adapter, load_backbone
 from mteo_deploy.exporters.export import export, pretrained_set
+from mteo_deploy.exporters.trace import trace_generic, trace_time_embedding
 from mteo_deploy.sampler import Sampler
 
 ROOT = Path(__file__).parent.parent
@@ -25,28 +35,83 @@ TRAINING = "--iterations 300 --batch 64 --warmup 20 --no-autocast --threads 1"
 SMALL = Recipe(trajectories=64, iterations=40, batch=32, substeps=4)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """Files and single tests run in this process, where -s and breakpoint() work; directories on as many as there are cores."""
+    return 0 if all(Path(argument.split("::")[0]).is_file() for argument in config.args) else None
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Sums in one order, and no two thread pools on two cores."""
+    """Sums in one order, and no two thread pools on two cores; in the processes that tests start too."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _traced_once() -> Iterator[None]:
+    """Tracing is most of an export and depends on the backbone alone: once for each in a process, copied from then on."""
+    made: dict[Any, Any] = {}
+
+    def generic(adapter: Adapter, dynamic: Collection[str]) -> ir.Model:
+        key = adapter.fingerprint(), *sorted({*dynamic} - {"batch"})
+        if key not in made:
+            made[key] = trace_generic(adapter, dynamic)
+        return made[key].clone()
+
+    def time_embedding(adapter: Adapter) -> tuple[ir.Model, dict[str, int]]:
+        key = adapter.fingerprint(), trace_time_embedding
+        if key not in made:
+            made[key] = trace_time_embedding(adapter)
+        return made[key][0].clone(), dict(made[key][1])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "trace_generic", generic)
+        patch.setattr(compiler, "trace_time_embedding", time_embedding)
+        yield
+
+
+Once = Callable[[str, Callable[[Path], object]], Path]
+
+
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pipeline directory of a backbone of 0.18 M parameters, made by the example script."""
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """``once(name, make)``: the directory ``name`` as ``make`` left it, made by one of the processes that run the tests."""
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        directory, done = shared / name, shared / f"{name}.done"
+        with FileLock(shared / f"{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(directory, ignore_errors=True)  # what a process left that failed to make it
+                make(directory)
+                done.touch()
+        return directory
+
+    return made
+
+
+def _train(directory: Path) -> None:
     from sklearn.datasets import load_digits
 
-    directory = tmp_path_factory.mktemp("backbone")
+    directory.mkdir()
     np.savez(directory / "digits.npz", images=np.round(load_digits().images * 255 / 16).astype(np.uint8))
     script = [sys.executable, str(ROOT / "examples" / "train_backbone.py"), str(directory / "digits.npz")]
     done = subprocess.run(
         [*script, "-o", str(directory / "run"), *MODEL.split(), *TRAINING.split()], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    return directory / "run" / "pipeline"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(once: Once) -> Path:
+    """Pipeline directory of a backbone of 0.18 M parameters, made by the example script."""
+    return once("backbone", _train) / "run" / "pipeline"
 
 
 @pytest.fixture(scope="session")
@@ -55,29 +120,35 @@ def tiny_adapter(tiny_model: Path) -> Adapter:
 
 
 @pytest.fixture(scope="session")
-def tiny_embeddings(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_embeddings(tiny_model: Path, once: Once) -> Path:
     """Embedding set file for 3 Euler steps of ``tiny_model``."""
-    path = tmp_path_factory.mktemp("embeddings") / "euler-3.safetensors"
-    distill(tiny_model, path, steps=3, recipe=SMALL, quiet=True)
-    return path
+
+    def make(directory: Path) -> None:
+        distill(tiny_model, directory / "euler-3.safetensors", steps=3, recipe=SMALL, quiet=True)
+
+    return once("embeddings", make) / "euler-3.safetensors"
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_model: Path, tiny_embeddings: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_bundle(tiny_model: Path, tiny_embeddings: Path, once: Once) -> Path:
     """Bundle of ``tiny_embeddings``, built; a test that alters it copies it first."""
-    path = tmp_path_factory.mktemp("bundles") / "euler-3"
-    bundle = export(path, model=tiny_model, embeddings=tiny_embeddings, quiet=True)
-    build(bundle, engine="onnxruntime", realisation="baked", threads=1, quiet=True)
-    return path
+
+    def make(directory: Path) -> None:
+        bundle = export(directory, model=tiny_model, embeddings=tiny_embeddings, quiet=True)
+        build(bundle, engine="onnxruntime", realisation="baked", threads=1, quiet=True)
+
+    return once("euler-3", make)
 
 
 @pytest.fixture(scope="session")
-def tiny_history_bundle(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_history_bundle(tiny_model: Path, once: Once) -> Path:
     """Built bundle whose updates reach back two evaluations: plain iPNDM 3, 4 steps."""
-    path = tmp_path_factory.mktemp("bundles") / "ipndm-4"
-    bundle = export(path, model=tiny_model, steps=4, solver="ipndm-3", plain=True, quiet=True)
-    build(bundle, engine="onnxruntime", realisation="baked", threads=1, quiet=True)
-    return path
+
+    def make(directory: Path) -> None:
+        bundle = export(directory, model=tiny_model, steps=4, solver="ipndm-3", plain=True, quiet=True)
+        build(bundle, engine="onnxruntime", realisation="baked", threads=1, quiet=True)
+
+    return once("ipndm-4", make)
 
 
 @pytest.fixture(scope="session")

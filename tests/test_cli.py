@@ -135,7 +135,7 @@ def test_verify_text_and_exit_codes(tiny_bundle: Path, tmp_path: Path) -> None:
     good = call("verify", tiny_bundle, "--seconds", 0)
     assert good.exit_code == 0 and good.stdout.endswith("verified\n") and "FAILED" not in good.stdout
     path = altered(tiny_bundle, tmp_path / "b", lambda manifest: manifest["reference"].update(seed=1))
-    assert call("build", path, "-q").exit_code == 0
+    assert call("build", path, "--engine", "onnxruntime", "--realisation", "baked", "-q").exit_code == 0
     bad = call("verify", path, "--seconds", 0)
     assert bad.exit_code == 1 and bad.stdout.endswith("NOT verified: noise\n") and "FAILED" in bad.stdout
     as_json = call("verify", path, "--seconds", 0, "--json")

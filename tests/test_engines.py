@@ -45,13 +45,13 @@ def test_build_leaves_a_record_of_every_part(tiny_bundle: Path) -> None:
 def test_build_again_replaces(bundle_copy: Path) -> None:
     first = record_of(bundle_copy)
     first.write_text("{}")
-    assert build(bundle_copy, engine="onnxruntime", threads=1, quiet=True) == first.parent
+    assert build(bundle_copy, engine="onnxruntime", threads=1, seconds=0.2, quiet=True) == first.parent
     assert json.loads(first.read_text())["key"]
     assert [p.name for p in first.parent.parent.iterdir()] == [first.parent.name]
 
 
 def test_other_options_are_another_built_engine_and_the_newest_is_opened(bundle_copy: Path) -> None:
-    old, new = record_of(bundle_copy).parent, build(bundle_copy, engine="onnxruntime", threads=2, quiet=True)
+    old, new = record_of(bundle_copy).parent, build(bundle_copy, engine="onnxruntime", threads=2, seconds=0.2, quiet=True)
     assert old != new
     os.utime(old / "engine.json", (1, 1))
     assert cache.find(Bundle.open(bundle_copy), "onnxruntime", "cpu").options == {"precision": "fp32", "threads": 2}
@@ -91,7 +91,7 @@ def test_graphs_changed_since(bundle_copy: Path, tiny_history_bundle: Path) -> N
     (bundle_copy / "engines").rename(bundle / "engines")
     with pytest.raises(BundleError, match=r"stale.*graphs changed .* -> .*run: mteo-deploy build"):
         Sampler.load(bundle)
-    build(bundle, engine="onnxruntime", quiet=True)
+    build(bundle, engine="onnxruntime", seconds=0.2, quiet=True)
     assert Sampler.load(bundle)(num=1).shape == (1, 1, 8, 8)
 
 

@@ -29,7 +29,7 @@ import numpy as np
 from mteo_deploy import Bundle, EmbeddingSet, Plan, Sampler, build, compile_plan, inspect, verify
 
 path = sys.argv[1]
-build(path, threads=1, quiet=True)
+build(path, threads=1, seconds=0.2, quiet=True)
 images = Sampler.load(path)(num=2, seed=3)
 assert images.shape == (2, 1, 8, 8) and np.isfinite(images).all()
 report = verify(path, seconds=0, quiet=True)

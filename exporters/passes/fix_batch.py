@@ -8,11 +8,7 @@ from mteo_deploy.exporters.passes.shapes import infer_shapes
 
 
 class FixBatch(ir.passes.InPlacePass):
-    """Give every unknown dimension of the graph's inputs the same length and infer all other shapes again.
-
-    Args:
-        batch: that length. The trace leaves no dimension but the batch open.
-    """
+    """Give the batch, the open first dimension of inputs, one length, and infer all other shapes again."""
 
     def __init__(self, batch: int) -> None:
         super().__init__()
@@ -21,8 +17,8 @@ class FixBatch(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph, modified = model.graph, False
         for value in graph.inputs:
-            if value.shape is not None and not value.shape.is_static():
-                value.shape = ir.Shape([d if isinstance(d, int) else self.batch for d in value.shape])
+            if value.shape and not isinstance(value.shape[0], int):
+                value.shape = ir.Shape([self.batch, *list(value.shape)[1:]])
                 modified = True
         if modified:
             for node in graph:
