@@ -294,12 +294,11 @@ def sample(
 
     images.check_output(output)
     requests = {} if class_labels is None else {"class_labels": _integers("--class-labels", class_labels)}
-    sampler = Sampler.load(bundle, **options)
-    clock = time.perf_counter()
-    with reporter(quiet or as_json) as report:
+    with Sampler.load(bundle, **options) as sampler, reporter(quiet or as_json) as report:
+        clock = time.perf_counter()
         task = report.task("sampling", num)
         drawn = sampler(num=num, seed=seed, batch=batch, progress=lambda n: report.advance(task, n), requests=requests)
-    seconds = time.perf_counter() - clock
+        seconds = time.perf_counter() - clock
     images.save(drawn, output)
     if as_json:
         _emit({"output": str(output), "num": num, "seed": seed, "batch": batch, "seconds": seconds})

@@ -7,10 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from mteo_deploy.bundle import Bundle
+from mteo_deploy.engines.device import Values
 
 PRECISIONS = ("fp32", "bf16")
 """What ``--precision`` takes. An engine that is given fp32 may not compute in less."""
@@ -19,15 +17,21 @@ PRECISIONS = ("fp32", "bf16")
 class Session(Protocol):
     """One graph opened in an engine."""
 
-    def run(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[np.float32]]:
+    def run(self, feeds: Values) -> list[Any]:
         """Run the graph; outputs in the graph's order, in memory that the next run leaves alone.
 
+        numpy arrays in, numpy arrays out. A session with a ``device`` takes the device's arrays too, and gives such arrays
+        where at least one input is one (:mod:`mteo_deploy.engines.device`).
+
         Raises:
-            EngineError: for inputs that the graph does not take, or lacks.
+            EngineError: for inputs that the graph does not take, or lacks; for a session that was closed.
         """
 
     def save(self, directory: Path, graph: str) -> None:
         """Leave what opens this graph faster next time; nothing, where an engine has no such thing."""
+
+    def close(self) -> None:
+        """Free what the session holds; closing it again does nothing."""
 
 
 @dataclass(frozen=True)

@@ -203,6 +203,6 @@ def _against_first(bundle: Bundle, samplers: dict[str, Sampler], batch: int, sec
     noise, requests = noise_for(bundle.sample_shape, 0, range(batch)), bundle.reference_requests(batch)
 
     def loop(name: str) -> Callable[[], object]:
-        return lambda: samplers[name].states(noise, requests)
+        return lambda: samplers[name].image(noise, requests)
 
     return {name: latency.compare(loop(name), loop(first), seconds=seconds / len(others)).to_json() for name in others}

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from mteo_deploy.bundle import Bundle
 from mteo_deploy.engines.base import Layer
+from mteo_deploy.engines.device import Values, closed
 from mteo_deploy.errors import EngineError, MissingPackageError
 
 PROVIDERS = {"cpu": "CPUExecutionProvider"}
@@ -56,7 +57,9 @@ class OnnxRuntimeSession:
         self._session = session
         self._inputs = {value.name for value in session.get_inputs()}
 
-    def run(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[np.float32]]:
+    def run(self, feeds: Values) -> list[Any]:
+        if self._session is None:
+            raise closed()
         try:
             outputs: list[NDArray[np.float32]] = self._session.run(None, dict(feeds))
         except Exception as error:  # onnxruntime's exceptions share no base of their own
@@ -68,6 +71,9 @@ class OnnxRuntimeSession:
 
     def save(self, directory: Path, graph: str) -> None:
         """Nothing: see the module."""
+
+    def close(self) -> None:
+        self._session = None
 
 
 class OnnxRuntimeProfiledSession(OnnxRuntimeSession):

@@ -15,12 +15,10 @@ from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from mteo_deploy.bundle import Bundle
 from mteo_deploy.engines.base import Layer, Session
 from mteo_deploy.engines.batches import SHARED, BatchSizes
+from mteo_deploy.engines.device import Values, closed
 from mteo_deploy.errors import EngineError, MissingPackageError
 
 DEVICES = {"cpu": "CPU"}
@@ -45,7 +43,9 @@ class OpenVinoSession:
         self._inputs = {value.any_name for value in compiled.inputs}
         self._outputs = list(compiled.outputs)
 
-    def run(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[np.float32]]:
+    def run(self, feeds: Values) -> list[Any]:
+        if self._request is None:
+            raise closed()
         if feeds.keys() != self._inputs:  # a missing one would keep what the last run was given
             raise EngineError(f"expected the inputs {sorted(self._inputs)}; found {sorted(feeds)}")
         try:
@@ -60,6 +60,10 @@ class OpenVinoSession:
         path = directory / _file(graph, self._size)
         path.write_bytes(self._compiled.export_model().getvalue())
 
+    def close(self) -> None:
+        self._request = self._compiled = None
+        self._outputs = []
+
 
 class OpenVinoProfiledSession(OpenVinoSession):
     """A session that asks for the times of its layers after every run."""
@@ -68,7 +72,7 @@ class OpenVinoProfiledSession(OpenVinoSession):
         super().__init__(compiled, size)
         self._found: dict[str, Layer] = {}
 
-    def run(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[np.float32]]:
+    def run(self, feeds: Values) -> list[Any]:
         outputs = super().run(feeds)
         for entry in self._request.get_profiling_info():
             layer = self._found.setdefault(entry.node_name, Layer(entry.node_name, entry.node_type))

@@ -2,7 +2,8 @@
 
 Networks are strongly typed: a graph's own types are what is computed in, and TF32 is switched off. Each graph becomes one
 plan, with one optimisation profile over the batch; plans and the inspector's view of their layers are the built engine's
-files. Execution contexts never run at the same time here, so all of them share one block of scratch memory, and one stream.
+files. Execution contexts never run at the same time here, so all of them share one block of scratch memory, and one stream;
+arrays stay on the device from one to the next, and a whole sampling is captured in one CUDA graph (:mod:`~.cuda`).
 
 Not run on a GPU yet: the tests hold every call against the real bindings of TensorRT 11.4, which import without a GPU.
 """
@@ -10,17 +11,18 @@ Not run on a GPU yet: the tests hold every call against the real bindings of Ten
 from __future__ import annotations
 
 import platform
-import threading
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mteo_deploy.bundle import Bundle
 from mteo_deploy.engines.base import ProfiledSession, Session
+from mteo_deploy.engines.cuda import CudaDevice, cuda
+from mteo_deploy.engines.device import DeviceArray, Value, Values, closed
 from mteo_deploy.errors import EngineError, MissingPackageError
 
 DEFAULT_BATCH = (1, 16)
@@ -39,55 +41,12 @@ def _trt() -> Any:
     return tensorrt
 
 
-def _cudart() -> Any:
-    try:
-        from cuda.bindings import runtime
-    except ImportError as error:
-        raise MissingPackageError(
-            f"the engine tensorrt needs cuda-bindings ({error}); run: pip install 'mteo-deploy[tensorrt]'"
-        ) from None
-    return runtime
-
-
-def _cuda(function: str, *args: Any) -> Any:
-    """Call a function of the CUDA runtime; its result, if it has one.
-
-    Raises:
-        EngineError: when the call fails.
-    """
-    cudart = _cudart()
-    code, *result = getattr(cudart, function)(*args)
-    if code != cudart.cudaError_t.cudaSuccess:
-        raise EngineError(f"CUDA: {function} failed with {getattr(code, 'name', code)}")
-    return result[0] if result else None
-
-
-class _Memory:
-    """A block of device memory that grows when more is asked for. Addresses are 256-byte aligned, as cudaMalloc's are."""
+class _Device(CudaDevice):
+    """What all sessions share beside memory and stream: the runtime, and the times of layers built so far."""
 
     def __init__(self) -> None:
-        self.address, self.size = 0, 0
-
-    def reserve(self, size: int) -> int:
-        if size > self.size:
-            self.free()
-            self.address, self.size = int(_cuda("cudaMalloc", size)), size
-        return self.address
-
-    def free(self) -> None:
-        if self.address:
-            _cuda("cudaFree", self.address)
-        self.address, self.size = 0, 0
-
-
-class _Device:
-    """What all sessions share: the stream, the scratch memory, the runtime, and a lock over them."""
-
-    def __init__(self) -> None:
+        super().__init__()
         trt = _trt()
-        self.lock = threading.Lock()
-        self.scratch = _Memory()
-        self.stream = _cuda("cudaStreamCreate")
         self.logger = trt.Logger(trt.Logger.ERROR)
         self.runtime = trt.Runtime(self.logger)
         self.timing = b""
@@ -98,7 +57,7 @@ class TensorRtSession:
 
     def __init__(self, device: _Device, plan: bytes, graph: str) -> None:
         trt = _trt()
-        self._device, self._plan, self._graph = device, plan, graph
+        self.device, self._plan, self._graph = device, plan, graph
         engine = device.runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise EngineError(f"tensorrt could not read the plan of {graph}; build again")
@@ -112,41 +71,45 @@ class TensorRtSession:
             name = engine.get_tensor_name(i)
             kind = np.dtype(trt.nptype(engine.get_tensor_dtype(name)))
             (self._inputs if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT else self._outputs)[name] = kind
-        self._buffers = {name: _Memory() for name in [*self._inputs, *self._outputs]}
 
-    def run(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[np.float32]]:
+    def run(self, feeds: Values) -> list[Any]:
+        if self._context is None:
+            raise closed()
         if feeds.keys() != self._inputs.keys():  # a missing one would keep what the last run was given
             raise EngineError(f"expected the inputs {sorted(self._inputs)}; found {sorted(feeds)}")
-        with self._device.lock:
-            return self._run(feeds)
+        with self.device.lock:
+            outputs = self._run({name: self._held(feeds[name], kind) for name, kind in self._inputs.items()})
+            stay = any(isinstance(value, DeviceArray) for value in feeds.values())
+            return outputs if stay else list(self.device.fetch(outputs))
 
-    def _run(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[np.float32]]:
-        context, stream, kinds = self._context, self._device.stream, _cudart().cudaMemcpyKind
-        held = {name: np.ascontiguousarray(feeds[name], dtype=kind) for name, kind in self._inputs.items()}
-        for name, array in held.items():
-            if not context.set_input_shape(name, tuple(array.shape)):
-                shapes = {name: value.shape for name, value in feeds.items()}
+    def _held(self, value: Value, kind: np.dtype[Any]) -> DeviceArray:
+        if not isinstance(value, DeviceArray):
+            return self.device.put(np.asarray(value, dtype=kind))
+        if value.dtype != kind:
+            raise EngineError(f"expected {kind} for an input of {self._graph}; found {value.dtype} on the device")
+        return value
+
+    def _run(self, inputs: dict[str, DeviceArray]) -> list[DeviceArray]:
+        """Put one run on the stream. Nothing here waits for the device, and a run like the last one allocates nothing."""
+        context, device = self._context, self.device
+        for name, value in inputs.items():
+            if not context.set_input_shape(name, tuple(value.shape)):
+                shapes = {name: value.shape for name, value in inputs.items()}
                 raise EngineError(
                     f"tensorrt could not run inputs {shapes} on {self._graph}: {name} is outside what it was built for; build "
                     "again with --batch"
                 )
-            address = self._buffers[name].reserve(max(array.nbytes, 1))
-            self._bind(name, address)
-            _cuda("cudaMemcpyAsync", address, array.ctypes.data, array.nbytes, kinds.cudaMemcpyHostToDevice, stream)
+            self._bind(name, value.buffer.address)
         if missing := context.infer_shapes():
             raise EngineError(f"tensorrt does not know the shapes of {', '.join(missing)} of {self._graph}")
-        found = {name: np.empty(tuple(context.get_tensor_shape(name)), kind) for name, kind in self._outputs.items()}
+        found = {name: device.empty(tuple(context.get_tensor_shape(name)), kind) for name, kind in self._outputs.items()}
         for name, array in found.items():
-            self._bind(name, self._buffers[name].reserve(max(array.nbytes, 1)))
+            self._bind(name, array.buffer.address)
         size = int(self._engine.device_memory_size_v2)
         if size:
-            context.set_device_memory(self._device.scratch.reserve(size), size)
-        if not context.execute_async_v3(int(stream)):
+            context.set_device_memory(device.scratch_of(size), size)
+        if not context.execute_async_v3(int(device.stream)):
             raise EngineError(f"tensorrt could not run {self._graph}")
-        for name, array in found.items():
-            source = self._buffers[name].address
-            _cuda("cudaMemcpyAsync", array.ctypes.data, source, array.nbytes, kinds.cudaMemcpyDeviceToHost, stream)
-        _cuda("cudaStreamSynchronize", stream)
         return list(found.values())
 
     def _bind(self, name: str, address: int) -> None:
@@ -160,6 +123,9 @@ class TensorRtSession:
         layers = inspector.get_engine_information(_trt().LayerInformationFormat.JSON)
         (directory / f"{stem}.layers.json").write_text(layers, encoding="utf-8")
 
+    def close(self) -> None:
+        self._context = self._engine = None
+
 
 class TensorRtBackend:
     name = "tensorrt"
@@ -167,7 +133,7 @@ class TensorRtBackend:
     precisions = ("fp32",)
 
     def __init__(self) -> None:
-        self._shared: _Device | None = None
+        self._shared: Callable[[], _Device | None] = lambda: None
 
     def version(self) -> str:
         trt = _trt()
@@ -175,12 +141,12 @@ class TensorRtBackend:
 
     def devices(self) -> list[str]:
         try:
-            return ["cuda"] if _cuda("cudaGetDeviceCount") else []
+            return ["cuda"] if cuda("cudaGetDeviceCount") else []
         except EngineError:  # no driver, no device
             return []
 
     def machine(self, device: str) -> str:
-        properties = _cuda("cudaGetDeviceProperties", 0)
+        properties = cuda("cudaGetDeviceProperties", 0)
         name = properties.name.decode() if isinstance(properties.name, bytes) else properties.name
         return f"{platform.machine()}, {name}, compute capability {properties.major}.{properties.minor}"
 
@@ -188,12 +154,19 @@ class TensorRtBackend:
         _trt()
         if device not in self.devices():
             raise EngineError(f"expected a device out of {', '.join(self.devices()) or 'none'} for tensorrt; found {device!r}")
-        if self._shared is None:
-            self._shared = _Device()
+        shared = self._device()
         path = None if built is None else built / f"{PurePosixPath(graph).stem}.plan"
         if path is not None and path.is_file():
-            return TensorRtSession(self._shared, path.read_bytes(), graph)
-        return TensorRtSession(self._shared, self._build(self._shared, bundle, graph, options), graph)
+            return TensorRtSession(shared, path.read_bytes(), graph)
+        return TensorRtSession(shared, self._build(shared, bundle, graph, options), graph)
+
+    def _device(self) -> _Device:
+        """The device that all open sessions share; it goes with the last of them."""
+        device = self._shared()
+        if device is None:
+            device = _Device()
+            self._shared = weakref.ref(device)
+        return device
 
     def profile(self, bundle: Bundle, graph: str, device: str, options: Mapping[str, Any], batch: int) -> ProfiledSession:
         raise EngineError(

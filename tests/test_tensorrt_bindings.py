@@ -26,6 +26,7 @@ import numpy as np
 import pytest
 
 from mteo_deploy.bundle import Bundle
+from mteo_deploy.engines import cuda
 from mteo_deploy.engines import tensorrt as ours
 from mteo_deploy.errors import EngineError, MissingPackageError
 
@@ -261,7 +262,7 @@ class HostMemory:
 def world(real: Any, monkeypatch: pytest.MonkeyPatch) -> World:
     world, memory = World(real), HostMemory()
     monkeypatch.setattr(ours, "_trt", lambda: world)
-    monkeypatch.setattr(ours, "_cudart", lambda: memory)
+    monkeypatch.setattr(cuda, "cudart", lambda: memory)
     return world
 
 
@@ -318,7 +319,7 @@ def test_the_stand_ins_refuse(world: World) -> None:
     with pytest.raises(AssertionError, match=r"IBuilderConfig\.profiling_verbosity = 2"):
         builder.create_builder_config().profiling_verbosity = 2
     with pytest.raises(TypeError):
-        ours._cudart().cudaMalloc(1, 2)
+        cuda.cudart().cudaMalloc(1, 2)
 
 
 def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,6 +334,6 @@ def test_cuda_errors_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = SimpleNamespace(
         cudaError_t=runtime.cudaError_t, cudaMalloc=lambda size: (runtime.cudaError_t.cudaErrorMemoryAllocation, None)
     )
-    monkeypatch.setattr(ours, "_cudart", lambda: fake)
+    monkeypatch.setattr(cuda, "cudart", lambda: fake)
     with pytest.raises(EngineError, match="cudaMalloc failed with cudaErrorMemoryAllocation"):
-        ours._cuda("cudaMalloc", 1 << 60)
+        cuda.cuda("cudaMalloc", 1 << 60)
