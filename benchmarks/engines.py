@@ -210,7 +210,7 @@ def main() -> None:
         network = Network(adapter)
         for batch in args.batch:
             for engine, precision in (("onnxruntime", "fp32"), ("openvino", "fp32"), ("openvino", "bf16")):
-                if precision == "fp32" or "BF16" in backend(engine).machine("cpu"):
+                if precision == "fp32" or "BF16" in backend(engine).machine("cpu", {}):
                     build(bundle, engine=engine, precision=precision, batch=[batch], threads=args.threads, quiet=True)
             contest = Contest(bundle, adapter, work / "plain.onnx", batch, args.threads)
             if not contest.plain.exists():

@@ -23,11 +23,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mteo_deploy.bundle import Bundle
-from mteo_deploy.engines.base import Layer
+from mteo_deploy.engines.base import ON_OFF, Layer, Option
 from mteo_deploy.engines.device import Values, closed
+from mteo_deploy.engines.options import of
 from mteo_deploy.errors import EngineError, MissingPackageError
+from mteo_deploy.progress import Reporter
 
 PROVIDERS = {"cpu": "CPUExecutionProvider"}
+SPINNING = {
+    "off": {"session.intra_op.allow_spinning": "0"},
+    "run": {"session.force_spinning_stop": "1"},
+    "always": {},
+}
+OPTIMIZATION = {
+    "off": "ORT_DISABLE_ALL",
+    "basic": "ORT_ENABLE_BASIC",
+    "extended": "ORT_ENABLE_EXTENDED",
+    "all": "ORT_ENABLE_ALL",
+}
+OPTIONS = {
+    "spinning": Option(
+        "how long worker threads wait awake for work: never, during a run, after it too", tuple(SPINNING), "run"
+    ),
+    "prepacking": Option("weights laid out again for speed, in memory of their own for each graph", ON_OFF, "on"),
+    "optimization": Option("how far the graph is rewritten when it is opened", tuple(OPTIMIZATION), "all"),
+}
 
 
 def _package() -> Any:
@@ -98,6 +118,7 @@ class OnnxRuntimeBackend:
     name = "onnxruntime"
     extra = "cpu"
     precisions = ("fp32",)
+    engine_options = OPTIONS
 
     def version(self) -> str:
         return str(_package().__version__)
@@ -106,11 +127,17 @@ class OnnxRuntimeBackend:
         available = _package().get_available_providers()
         return [device for device, provider in PROVIDERS.items() if provider in available]
 
-    def machine(self, device: str) -> str:
+    def machine(self, device: str, options: Mapping[str, Any]) -> str:
         return platform.machine()
 
     def open(
-        self, bundle: Bundle, graph: str, device: str, options: Mapping[str, Any], built: Path | None = None
+        self,
+        bundle: Bundle,
+        graph: str,
+        device: str,
+        options: Mapping[str, Any],
+        built: Path | None = None,
+        report: Reporter | None = None,
     ) -> OnnxRuntimeSession:
         return OnnxRuntimeSession(self._session(bundle, graph, device, options))
 
@@ -132,14 +159,15 @@ class OnnxRuntimeBackend:
             raise EngineError(f"expected a device out of {', '.join(PROVIDERS)} for onnxruntime; found {device!r}")
         settings = onnxruntime.SessionOptions()
         settings.log_severity_level = 3
-        settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+        own = of(OPTIONS, options)
+        settings.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, OPTIMIZATION[own["optimization"]])
         if profile is not None:
             settings.enable_profiling = True
             settings.profile_file_prefix = profile
         if options.get("threads"):
             settings.intra_op_num_threads = int(options["threads"])
-        settings.add_session_config_entry("session.force_spinning_stop", "1")
-        for key, value in options.get("session_config", {}).items():
+        settings.add_session_config_entry("session.disable_prepacking", str(int(own["prepacking"] == "off")))
+        for key, value in SPINNING[own["spinning"]].items():
             settings.add_session_config_entry(key, value)
         try:
             session = onnxruntime.InferenceSession(bundle.file(graph), settings, providers=[PROVIDERS[device]])

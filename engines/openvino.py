@@ -16,13 +16,23 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mteo_deploy.bundle import Bundle
-from mteo_deploy.engines.base import Layer, Session
+from mteo_deploy.engines.base import ON_OFF, Layer, Option, Session
 from mteo_deploy.engines.batches import SHARED, BatchSizes
 from mteo_deploy.engines.device import Values, closed
+from mteo_deploy.engines.options import of
 from mteo_deploy.errors import EngineError, MissingPackageError
+from mteo_deploy.progress import Reporter
 
 DEVICES = {"cpu": "CPU"}
 PRECISION_HINT = {"fp32": "f32", "bf16": "bf16"}
+OPTIONS = {
+    "hint": Option("what threads and streams are chosen for: one run, or many at once", ("latency", "throughput"), "latency"),
+    "streams": Option("runs at once that the processors are divided among", range(1, 1025)),
+    "pinning": Option("worker threads bound to processors", ON_OFF),
+    "hyper_threading": Option("both threads of a core are used", ON_OFF),
+}
+PROPERTIES = {"streams": "NUM_STREAMS", "pinning": "ENABLE_CPU_PINNING", "hyper_threading": "ENABLE_HYPER_THREADING"}
+SWITCH = {"on": "YES", "off": "NO"}
 
 
 def _core() -> Any:
@@ -92,6 +102,7 @@ class OpenVinoBackend:
     name = "openvino"
     extra = "openvino"
     precisions = ("fp32", "bf16")
+    engine_options = OPTIONS
 
     def version(self) -> str:
         _core()
@@ -101,12 +112,20 @@ class OpenVinoBackend:
         available = _core().available_devices
         return [device for device, name in DEVICES.items() if name in available]
 
-    def machine(self, device: str) -> str:
+    def machine(self, device: str, options: Mapping[str, Any]) -> str:
         core, name = _core(), DEVICES.get(device, "CPU")
         can = "+".join(sorted(core.get_property(name, "OPTIMIZATION_CAPABILITIES")))
         return f"{platform.machine()}, {core.get_property(name, 'FULL_DEVICE_NAME').strip()}, {can}"
 
-    def open(self, bundle: Bundle, graph: str, device: str, options: Mapping[str, Any], built: Path | None = None) -> Session:
+    def open(
+        self,
+        bundle: Bundle,
+        graph: str,
+        device: str,
+        options: Mapping[str, Any],
+        built: Path | None = None,
+        report: Reporter | None = None,
+    ) -> Session:
         core, config = self._config(device, options)
 
         def session(size: int | None) -> OpenVinoSession:
@@ -131,12 +150,15 @@ class OpenVinoBackend:
         core = _core()
         if device not in DEVICES or DEVICES[device] not in core.available_devices:
             raise EngineError(f"expected a device out of {', '.join(self.devices())} for openvino; found {device!r}")
+        own = of(OPTIONS, options)
         config = {
-            "PERFORMANCE_HINT": "LATENCY",
+            "PERFORMANCE_HINT": own["hint"].upper(),
             "INFERENCE_PRECISION_HINT": PRECISION_HINT[options.get("precision", "fp32")],
         }
         if options.get("threads"):
             config["INFERENCE_NUM_THREADS"] = str(options["threads"])
+        given = {name: property for name, property in PROPERTIES.items() if own[name] is not None}
+        config |= {property: SWITCH.get(own[name], str(own[name])) for name, property in given.items()}
         return core, config
 
     @staticmethod

@@ -20,12 +20,14 @@ from typing import Any
 import numpy as np
 
 from mteo_deploy.bundle import Bundle
-from mteo_deploy.engines.base import ProfiledSession, Session
+from mteo_deploy.engines.base import Option, ProfiledSession, Session
 from mteo_deploy.engines.cuda import CudaDevice, cuda
 from mteo_deploy.engines.device import DeviceArray, Value, Values, closed
 from mteo_deploy.errors import EngineError, MissingPackageError
+from mteo_deploy.progress import Reporter
 
 DEFAULT_BATCH = (1, 16)
+OPTIONS: dict[str, Option] = {}
 ROWS = (1, 4, 64)
 """Least, usual and greatest number of evaluations of a table."""
 
@@ -131,6 +133,7 @@ class TensorRtBackend:
     name = "tensorrt"
     extra = "tensorrt"
     precisions = ("fp32",)
+    engine_options = OPTIONS
 
     def __init__(self) -> None:
         self._shared: Callable[[], _Device | None] = lambda: None
@@ -145,12 +148,20 @@ class TensorRtBackend:
         except EngineError:  # no driver, no device
             return []
 
-    def machine(self, device: str) -> str:
+    def machine(self, device: str, options: Mapping[str, Any]) -> str:
         properties = cuda("cudaGetDeviceProperties", 0)
         name = properties.name.decode() if isinstance(properties.name, bytes) else properties.name
         return f"{platform.machine()}, {name}, compute capability {properties.major}.{properties.minor}"
 
-    def open(self, bundle: Bundle, graph: str, device: str, options: Mapping[str, Any], built: Path | None = None) -> Session:
+    def open(
+        self,
+        bundle: Bundle,
+        graph: str,
+        device: str,
+        options: Mapping[str, Any],
+        built: Path | None = None,
+        report: Reporter | None = None,
+    ) -> Session:
         _trt()
         if device not in self.devices():
             raise EngineError(f"expected a device out of {', '.join(self.devices()) or 'none'} for tensorrt; found {device!r}")

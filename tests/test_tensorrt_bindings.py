@@ -268,7 +268,7 @@ def world(real: Any, monkeypatch: pytest.MonkeyPatch) -> World:
 
 def test_build_run_save_and_open_again(world: World, tiny_bundle: Path, tmp_path: Path) -> None:
     bundle, backend = Bundle.open(tiny_bundle), ours.TensorRtBackend()
-    assert backend.devices() == ["cuda"] and backend.machine("cuda").endswith("a GPU, compute capability 9.0")
+    assert backend.devices() == ["cuda"] and backend.machine("cuda", {}).endswith("a GPU, compute capability 9.0")
     session = backend.open(bundle, "graphs/step_00.onnx", "cuda", {"batch": [2, 4]})
     state = np.random.default_rng(0).standard_normal((3, 1, 8, 8), np.float32)
     for batch in (3, 1, 2):
