@@ -10,8 +10,12 @@ lets the next session read this one's outputs. The tests run all of this on OrtV
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import threading
+import weakref
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -76,15 +80,37 @@ class OrtDevice:
         return run
 
 
+class EngineFiles:
+    """A directory for the files that a provider leaves of one graph, whose names begin with the graph's.
+
+    Args:
+        built: directory of a built engine, whose files of this graph are copied into it: a provider may alter them.
+    """
+
+    def __init__(self, stem: str, built: Path | None = None) -> None:
+        self._stem, self.directory = stem, Path(tempfile.mkdtemp(prefix="mteo-deploy-engine-"))
+        self.close = weakref.finalize(self, shutil.rmtree, self.directory, ignore_errors=True)
+        if built is not None:
+            self._copy(built, self.directory)
+
+    def save(self, directory: Path) -> None:
+        self._copy(self.directory, directory)
+
+    def _copy(self, source: Path, target: Path) -> None:
+        for path in source.glob(f"{self._stem}_*"):
+            shutil.copyfile(path, target / path.name)
+
+
 class BoundSession:
     """One graph in an ``onnxruntime.InferenceSession`` whose inputs and outputs lie on a device.
 
     Args:
         graphs: whether ONNX Runtime captures CUDA graphs in this session.
+        files: what the provider leaves for the next time.
     """
 
-    def __init__(self, session: Any, device: OrtDevice, graphs: bool) -> None:
-        self._session, self.device, self._graphs = session, device, graphs
+    def __init__(self, session: Any, device: OrtDevice, graphs: bool, files: EngineFiles | None = None) -> None:
+        self._session, self.device, self._graphs, self._files = session, device, graphs, files
         self._inputs = [value.name for value in session.get_inputs()]
         self._outputs = [(value.name, _dtype(value.type)) for value in session.get_outputs()]
         self._shapes: dict[tuple[Any, ...], list[tuple[int, ...]]] = {}
@@ -150,9 +176,15 @@ class BoundSession:
         options.add_run_config_entry("gpu_graph_id", str(graph))
         return options
 
+    def save(self, directory: Path, graph: str) -> None:
+        if self._files is not None:
+            self._files.save(directory)
+
     def close(self) -> None:
         self._bindings.clear()
         self._session = None
+        if self._files is not None:
+            self._files.close()
 
 
 def _dtype(name: str) -> np.dtype[Any]:

@@ -28,7 +28,9 @@ import pytest
 from mteo_deploy.bundle import Bundle
 from mteo_deploy.engines import cuda
 from mteo_deploy.engines import tensorrt as ours
+from mteo_deploy.engines.batches import BatchSizes
 from mteo_deploy.errors import EngineError, MissingPackageError
+from mteo_deploy.sampler import Sampler, noise_for
 
 SYMBOLS = (
     "createInferBuilder_INTERNAL",
@@ -123,6 +125,7 @@ class World:
 
     def __init__(self, real: Any) -> None:
         self.real, self.calls = real, []  # type: ignore[var-annotated]
+        self.memory = HostMemory()
         self.addresses: dict[str, int] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.refuse: set[str] = set()
@@ -165,7 +168,7 @@ class World:
             np.ctypeslib.as_array((ctypes.c_float * count).from_address(self.addresses[name]))
             for name in ("state", "next_state")
         )
-        target[:] = 2 * source
+        self.memory.do(lambda: target.__setitem__(slice(None), 2 * source))
         return True
 
     def _takes(self, kinds: list[tuple[str, bool]], args: tuple[Any, ...]) -> bool:
@@ -218,6 +221,13 @@ class HostMemory:
 
         self.real, self.blocks = runtime, {}  # type: ignore[var-annotated]
         self.cudaError_t, self.cudaMemcpyKind = runtime.cudaError_t, runtime.cudaMemcpyKind
+        self.cudaStreamCaptureMode = runtime.cudaStreamCaptureMode
+        self.capture: list[Callable[[], object]] | None = None
+        self.graphs: set[int] = set()
+
+    def do(self, work: Callable[[], object]) -> None:
+        """What is put on the stream: done at once, or captured with the addresses it has now."""
+        work() if self.capture is None else self.capture.append(work)
 
     def __getattr__(self, name: str) -> Any:
         signature = inspect.signature(getattr(self.real, name))
@@ -239,7 +249,9 @@ class HostMemory:
         return self.cudaError_t.cudaSuccess, 7
 
     def cuda_malloc(self, size: int) -> Any:
-        block = (ctypes.c_char * (size + 256))()
+        if self.capture is not None:
+            return self.cudaError_t.cudaErrorStreamCaptureUnsupported, None
+        block = (ctypes.c_char * (size + 256))(*b"\xff" * (size + 256))  # floats that are not numbers
         address = -(-ctypes.addressof(block) // 256) * 256
         self.blocks[address] = block
         return self.cudaError_t.cudaSuccess, address
@@ -251,18 +263,53 @@ class HostMemory:
     def cuda_memcpy_async(self, target: int, source: int, size: int, kind: Any, stream: Any) -> Any:
         to_device = kind == self.cudaMemcpyKind.cudaMemcpyHostToDevice
         assert (target in self.blocks, source in self.blocks, stream) == (to_device, not to_device, 7)
+        assert self.capture is None  # memory of the host may be gone when a graph is launched
         ctypes.memmove(target, source, size)
         return (self.cudaError_t.cudaSuccess,)
 
     def cuda_stream_synchronize(self, stream: Any) -> Any:
+        assert self.capture is None
+        return (self.cudaError_t.cudaSuccess,)
+
+    def cuda_stream_destroy(self, stream: Any) -> Any:
+        return (self.cudaError_t.cudaSuccess,)
+
+    def cuda_stream_begin_capture(self, stream: Any, mode: Any) -> Any:
+        assert (stream, self.capture) == (7, None) and mode == self.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self.capture = []
+        return (self.cudaError_t.cudaSuccess,)
+
+    def cuda_stream_end_capture(self, stream: Any) -> Any:
+        graph, self.capture = self.capture, None
+        return self.cudaError_t.cudaSuccess, graph
+
+    def cuda_graph_destroy(self, graph: Any) -> Any:
+        return (self.cudaError_t.cudaSuccess,)
+
+    def cuda_graph_instantiate(self, graph: Any, flags: int) -> Any:
+        executable = list(graph)
+        self.graphs.add(id(executable))
+        return self.cudaError_t.cudaSuccess, executable
+
+    def cuda_graph_launch(self, executable: Any, stream: Any) -> Any:
+        assert stream == 7 and id(executable) in self.graphs
+        for work in executable:
+            work()
+        return (self.cudaError_t.cudaSuccess,)
+
+    def cuda_graph_exec_destroy(self, executable: Any) -> Any:
+        self.graphs.remove(id(executable))
+        return (self.cudaError_t.cudaSuccess,)
+
+    def cuda_get_last_error(self) -> Any:
         return (self.cudaError_t.cudaSuccess,)
 
 
 @pytest.fixture
 def world(real: Any, monkeypatch: pytest.MonkeyPatch) -> World:
-    world, memory = World(real), HostMemory()
+    world = World(real)
     monkeypatch.setattr(ours, "_trt", lambda: world)
-    monkeypatch.setattr(cuda, "cudart", lambda: memory)
+    monkeypatch.setattr(cuda, "cudart", lambda: world.memory)
     return world
 
 
@@ -303,6 +350,98 @@ def test_refusals(world: World, tiny_bundle: Path, tmp_path: Path) -> None:
     world.refuse.add("OnnxParser.parse_from_file")
     with pytest.raises(EngineError, match="Swish node_7: no such operator"):
         backend.open(bundle, graph, "cuda", {})
+
+
+def images(world: World, sampler: Sampler, count: int, seed: int) -> int:
+    """Check a sampling: every evaluation doubles the state. Returns how many plans were run for it."""
+    world.calls.clear()
+    noise = noise_for((1, 8, 8), seed, range(count))
+    first = noise * np.float32(sampler.plan.initial_scale)
+    states = sampler.states(noise)
+    for i, state in enumerate(states):
+        np.testing.assert_array_equal(state, first * np.float32(2 ** (i + 1)))
+    return sum(key == "IExecutionContext.execute_async_v3" for key, _ in world.calls)
+
+
+def loop_of(path: Path) -> tuple[Bundle, Sampler]:
+    bundle, backend = Bundle.open(path), ours.TensorRtBackend()
+    return bundle, Sampler(bundle, lambda graph: backend.open(bundle, graph, "cuda", {}))
+
+
+def test_a_whole_loop_becomes_one_graph(world: World, tiny_bundle: Path) -> None:
+    """As it is, once more and captured, then launched alone; each batch size by itself, in any order."""
+    _, sampler = loop_of(tiny_bundle)
+    assert [images(world, sampler, 2, seed) for seed in range(4)] == [3, 6, 0, 0]
+    assert [images(world, sampler, 4, seed) for seed in range(4)] == [3, 6, 0, 0]
+    blocks = len(world.memory.blocks)
+    assert [images(world, sampler, count, 9) for count in (2, 4, 2)] == [0, 0, 0]
+    sampler.conditioned_session.run({"state": np.zeros((2, 1, 8, 8), np.float32)})  # between two launches
+    assert images(world, sampler, 2, 5) == 0
+    assert sampler.device.notes == [] and len(world.memory.graphs) == 2
+    assert len(world.memory.blocks) <= blocks + 2
+
+
+def test_a_frozen_address_must_stay(world: World, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: with the scratch memory and the buffers of a graph given away, its images are wrong."""
+    _, sampler = loop_of(tiny_bundle)
+    for seed in range(3):
+        images(world, sampler, 2, seed)
+    for block in world.memory.blocks.values():
+        ctypes.memset(block, 255, len(block))
+    assert images(world, sampler, 2, 3) == 0  # contents do not matter between two samplings, addresses do
+    (take,) = sampler._now.states.takes.values()  # type: ignore[attr-defined]
+    take._inputs["state"] = sampler.device.put(np.zeros((2, 1, 8, 8), np.float32))
+    with pytest.raises(AssertionError):
+        images(world, sampler, 2, 4)
+
+
+def test_only_the_last_shapes_are_kept(world: World, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "TAKES", 2)
+    _, sampler = loop_of(tiny_bundle)
+    for _ in range(2):
+        for count in (1, 2, 3, 4):
+            images(world, sampler, count, 0)
+    assert len(sampler._now.states.takes) == 2  # type: ignore[attr-defined]
+    blocks = len(world.memory.blocks)
+    for count in (1, 2, 3, 4):
+        images(world, sampler, count, 0)
+    assert len(world.memory.blocks) == blocks
+
+
+def test_what_cannot_be_captured_runs_as_it_is_and_says_why(world: World, tiny_bundle: Path) -> None:
+    """Images that go in parts leave the device in the middle of the loop."""
+    bundle, backend = Bundle.open(tiny_bundle), ours.TensorRtBackend()
+    sampler = Sampler(bundle, lambda graph: BatchSizes({2: backend.open(bundle, graph, "cuda", {})}))
+    assert [images(world, sampler, 3, seed) for seed in range(3)] == [6, 12, 6]
+    (note,) = sampler.device.notes
+    assert note.startswith("loop not captured in a CUDA graph for state [3, 1, 8, 8]: ") and "images go in parts" in note
+    assert [images(world, sampler, 2, seed) for seed in range(3)] == [3, 6, 0]
+
+
+def test_memory_that_a_capture_would_need_is_refused(world: World, tiny_bundle: Path) -> None:
+    _, sampler = loop_of(tiny_bundle)
+    images(world, sampler, 2, 0)
+    execute = world.answers["IExecutionContext.execute_async_v3"]
+    sizes = iter([4096, 4096, 4096] + [1 << 20] * 9)
+
+    def grows(stream: int) -> bool:
+        sampler.device.scratch_of(next(sizes))  # type: ignore[attr-defined]
+        return bool(execute(stream))
+
+    world.answers["IExecutionContext.execute_async_v3"] = grows
+    images(world, sampler, 2, 1)
+    assert "cudaMalloc failed with cudaErrorStreamCaptureUnsupported" in sampler.device.notes[0]
+    assert images(world, sampler, 2, 2) == 3
+
+
+def test_closing_frees_all(world: World, tiny_bundle: Path) -> None:
+    with loop_of(tiny_bundle)[1] as sampler:
+        for seed in range(3):
+            images(world, sampler, 2, seed)
+        assert world.memory.blocks and world.memory.graphs
+    assert not world.memory.blocks and not world.memory.graphs
+    with pytest.raises(EngineError, match="expected an open sampler"):
+        sampler(num=1)
 
 
 def test_the_stand_ins_refuse(world: World) -> None:
