@@ -136,7 +136,7 @@ class OnnxRuntimeBackend:
         return OnnxRuntimeSession(self._session(bundle, graph, device, options))
 
     def profile(
-        self, bundle: Bundle, graph: str, device: str, options: Mapping[str, Any], batch: int
+        self, bundle: Bundle, graph: str, device: str, options: Mapping[str, Any], batch: int, built: Path | None = None
     ) -> OnnxRuntimeProfiledSession:
         directory = tempfile.TemporaryDirectory(prefix="mteo-deploy-profile-")
         try:

@@ -13,11 +13,14 @@ import ctypes
 import functools
 import importlib.util
 import inspect
+import json
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,10 +54,10 @@ pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not instal
 PACKAGE = Path(next(iter(found.submodule_search_locations)))
 
 
-@pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The extension module of the bindings, over stubs."""
-    directory = tmp_path_factory.mktemp("stubs")
+@functools.cache
+def bindings() -> Any:
+    """The extension module of the bindings, over stubs; a process can load it once."""
+    directory = Path(tempfile.mkdtemp(prefix="stubs-"))
     source = directory / "stub.c"
     source.write_text("\n".join(f"void *{name}(void) {{ return 0; }}" for name in SYMBOLS))
     for library in LIBRARIES:
@@ -65,6 +68,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Any:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    shutil.rmtree(directory)
     return module
 
 
@@ -115,6 +119,7 @@ class StandIn:
         (arguments, _), *_ = overloads(attribute.fset.__doc__.replace("arg0", "self").replace("(self", "f(self", 1))
         assert fits(self.world.real, value, arguments[0][0]), f"{self.cls.__name__}.{name} = {value!r}"
         self.given[name] = value
+        self.world.set[f"{self.cls.__name__}.{name}"] = value
 
 
 class World:
@@ -122,9 +127,11 @@ class World:
 
     def __init__(self, real: Any) -> None:
         self.real, self.calls = real, []  # type: ignore[var-annotated]
+        self.set: dict[str, Any] = {}
         self.addresses: dict[str, int] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.refuse: set[str] = set()
+        self.layers: list[dict[str, Any]] = []
         tensors = [("state", real.TensorIOMode.INPUT), ("next_state", real.TensorIOMode.OUTPUT)]
         state = StandIn(self, real.ITensor)
         self.answers: dict[str, Any] = {
@@ -143,8 +150,17 @@ class World:
             "ICudaEngine.get_tensor_name": lambda i: tensors[i][0],
             "ICudaEngine.get_tensor_mode": lambda name: dict(tensors)[name],
             "ICudaEngine.get_tensor_dtype": lambda name: real.DataType.FLOAT,
-            "EngineInspector.get_engine_information": lambda format: '{"Layers": [], "I/O Tensors": []}',
-            "Builder.build_serialized_network": lambda n, c: None if "build" in self.refuse else b"plan",
+            "EngineInspector.get_engine_information": lambda format: json.dumps({"Layers": self.layers, "I/O Tensors": []}),
+            "Builder.build_serialized_network": lambda n, c: None if "build" in self.refuse or not self.phases() else b"plan",
+            "IBuilderConfig.create_timing_cache": self._timing_cache,
+            "IBuilderConfig.set_timing_cache": lambda cache, mismatch: "foreign" not in cache.given,
+            "ICudaEngine.streamable_weights_size": 5 << 20,
+            "ICudaEngine.get_weight_streaming_automatic_budget": lambda: 3 << 20,
+            "OnnxParserRefitter.num_errors": 1,
+            "OnnxParserRefitter.get_error": lambda i: StandIn(self, real.ParserError),
+            "OnnxParserRefitter.refit_from_file": lambda path: "refit" not in self.refuse,
+            "Refitter.get_missing_weights": lambda: ["conv.weight"] if "weights" in self.refuse else [],
+            "Refitter.refit_cuda_engine": lambda: "engine" not in self.refuse,
             "Runtime.deserialize_cuda_engine": lambda p: StandIn(self, real.ICudaEngine) if p == b"plan" else None,
             "ITimingCache.serialize": lambda: b"timing",
             "IExecutionContext.set_input_shape": self._set_shape,
@@ -158,7 +174,28 @@ class World:
         self.shapes[name] = shape
         return shape[0] <= 16
 
+    def _timing_cache(self, stored: bytes) -> StandIn | None:
+        cache = StandIn(self, self.real.ITimingCache)
+        cache.given.update({"foreign": True} if stored == b"foreign" else {})
+        return None if stored == b"damaged" else cache
+
+    def phases(self) -> bool:
+        """What a builder tells the monitor, in a thread of its own; whether it went through."""
+        monitor = self.set["IBuilderConfig.progress_monitor"]
+        monitor.phase_start("Building", None, 2)
+        monitor.phase_start("Timing", "Building", 3)
+        going = all(self.step(monitor, "Timing", i) for i in range(3))
+        monitor.phase_finish("Timing")
+        going = going and self.step(monitor, "Building", 0)
+        monitor.phase_finish("Building")  # before the last step, as TensorRT may
+        return going
+
+    def step(self, monitor: Any, phase: str, index: int) -> bool:
+        return bool(monitor.step_complete(phase, index))
+
     def _execute(self, stream: int) -> bool:
+        for layer in self.layers if "IExecutionContext.profiler" in self.set else []:
+            self.set["IExecutionContext.profiler"].report_layer_time(layer["Name"], layer["ms"])
         count = int(np.prod(self.shapes["state"]))
         source, target = (
             np.ctypeslib.as_array((ctypes.c_float * count).from_address(self.addresses[name]))
@@ -187,8 +224,10 @@ class World:
     def __getattr__(self, name: str) -> Any:
         if name == "nptype":
             return self.nptype
+        if name == "__version__":
+            return metadata.version("tensorrt-cu13-bindings")
         attribute = getattr(self.real, name)
-        if name not in ("Logger", "Builder", "OnnxParser", "Runtime"):
+        if name not in ("Logger", "Builder", "OnnxParser", "Runtime", "Refitter", "OnnxParserRefitter"):
             return attribute
 
         def make(*args: Any) -> StandIn:
@@ -258,9 +297,14 @@ class HostMemory:
 
 
 @pytest.fixture
-def world(real: Any, monkeypatch: pytest.MonkeyPatch) -> World:
-    world, memory = World(real), HostMemory()
-    monkeypatch.setattr(ours, "_trt", lambda: world)
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    return make_world(monkeypatch)
+
+
+def make_world(monkeypatch: pytest.MonkeyPatch) -> World:
+    """Put the stand-ins in the place of the packages."""
+    world, memory = World(bindings()), HostMemory()
+    monkeypatch.setitem(sys.modules, "tensorrt", world)
     monkeypatch.setattr(ours, "_cudart", lambda: memory)
     return world
 
@@ -274,7 +318,7 @@ def test_build_run_save_and_open_again(world: World, tiny_bundle: Path, tmp_path
         (output,) = session.run({"state": state[:batch]})
         np.testing.assert_array_equal(output, 2 * state[:batch])
     calls = dict(world.calls)
-    assert calls["IOptimizationProfile.set_shape"] == ("state", (2, 1, 8, 8), (4, 1, 8, 8), (4, 1, 8, 8))
+    assert calls["IOptimizationProfile.set_shape"] == ("state", (2, 1, 8, 8), (2, 1, 8, 8), (4, 1, 8, 8))
     assert calls["IBuilderConfig.clear_flag"] == (world.real.BuilderFlag.TF32,)
     session.save(tmp_path, "graphs/step_00.onnx")
     assert {path.name for path in tmp_path.iterdir()} == {"step_00.plan", "step_00.layers.json"}
