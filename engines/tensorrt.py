@@ -1,8 +1,9 @@
 """TensorRT 11 on an NVIDIA GPU.
 
 Networks are strongly typed: a graph's own types are what is computed in, and TF32 is switched off. Each graph becomes one
-plan, with one optimisation profile over the batch; plans and the inspector's view of their layers are the built engine's
-files. Execution contexts never run at the same time here, so all of them share one block of scratch memory, and one stream.
+plan (:mod:`~.tensorrt_build`), with one optimisation profile over the batch; plans and the inspector's view of their layers
+are the built engine's files. Execution contexts never run at the same time here, so all of them share one block of scratch
+memory, and one stream.
 
 Not run on a GPU yet: the tests hold every call against the real bindings of TensorRT 11.4, which import without a GPU.
 """
