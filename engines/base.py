@@ -47,12 +47,16 @@ class Option:
         values: the words it takes, a range of integers, or :class:`~pathlib.Path` for the name of a file.
         default: what holds where it is not given; None: the engine's own choice.
         keyed: whether another value makes another built engine.
+        needs: the option that must be on for this one to be given.
+        excludes: options that must not be on where this one is, and why not.
     """
 
     help: str
     values: tuple[str, ...] | range | type[Path]
     default: str | int | None = None
     keyed: bool = True
+    needs: str | None = None
+    excludes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def takes(self) -> str:
@@ -139,8 +143,10 @@ class Backend(Protocol):
             EngineError: when the engine refuses the graph, or would run it on another device.
         """
 
-    def profile(self, bundle: Bundle, graph: str, device: str, options: Mapping[str, Any], batch: int) -> ProfiledSession:
-        """Open one graph so that its layers are timed, for runs of ``batch`` images.
+    def profile(
+        self, bundle: Bundle, graph: str, device: str, options: Mapping[str, Any], batch: int, built: Path | None = None
+    ) -> ProfiledSession:
+        """Open one graph so that its layers are timed, for runs of ``batch`` images; the rest as :meth:`open`.
 
         Raises:
             EngineError: as :meth:`open`, and by an engine that does not tell.

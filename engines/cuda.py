@@ -1,9 +1,9 @@
 """Memory of a GPU, one stream, and whole loops captured in CUDA graphs, through ``cuda.bindings``.
 
 A captured graph freezes what it was captured with: shapes, addresses and the kernels' arguments. So each set of shapes has a
-take of its own, with buffers that nothing else uses. A loop runs as it is the first time; the second time it runs once
-more, which leaves every context ready for these shapes, and is then captured; from then on a sampling is a copy to the
-device, one launch, and a copy back. What cannot be captured goes on running as it is, and the take says why.
+take of its own, with buffers that nothing else uses. A loop runs as it is twice. Then every context is ready for these shapes and
+every buffer is there, and it is captured; from then on a sampling is a copy to the device, one launch, and a copy back. What
+cannot be captured goes on running as it is, and the device's notes say why.
 
 Capturing: CUDA C++ Programming Guide, "CUDA Graphs", and TensorRT's guide to performance, "CUDA Graphs".
 """
@@ -199,11 +199,7 @@ class Recorded:
 
 
 class Take:
-    """A loop at one set of shapes.
-
-    Attributes:
-        refused: why it is not captured; empty when it is, or has not been tried yet.
-    """
+    """A loop at one set of shapes: run, captured when it comes again, launched from then on."""
 
     def __init__(self, device: CudaDevice, function: Function) -> None:
         self._device, self._function = device, function
@@ -211,11 +207,7 @@ class Take:
         self._inputs: dict[str, DeviceArray] = {}
         self._graph: Graph | None = None
         self._frozen: tuple[list[Any], Block | None] = [], None
-        self.refused = ""
-
-    @property
-    def captured(self) -> bool:
-        return self._graph is not None
+        self._refused = False
 
     def __call__(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
         device, again = self._device, bool(self._inputs)
@@ -224,20 +216,20 @@ class Take:
                 self._inputs = {name: device.put(array) for name, array in feeds.items()}
             for name, array in feeds.items() if again else ():
                 device.copy_in(self._inputs[name], array)
-            if again and self._graph is None and not self.refused:
+            if self._graph is not None:
+                self._graph.launch(device.stream)
+                return device.fetch(self._frozen[0])
+            found = device.fetch(self._function(self._inputs))
+            if again and not self._refused:
                 self._capture()
-            if self._graph is None:
-                return device.fetch(self._function(self._inputs))
-            self._graph.launch(device.stream)
-            return device.fetch(self._frozen[0])
+            return found
 
     def _capture(self) -> None:
         device = self._device
-        self._function(self._inputs)
         try:
             self._graph, outputs = device.capture(lambda: self._function(self._inputs))
         except EngineError as error:
-            self.refused = str(error)
+            self._refused = True
             shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in self._inputs.items())
             device.notes.append(f"loop not captured in a CUDA graph for {shapes}: {error}")
             return

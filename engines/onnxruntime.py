@@ -195,7 +195,7 @@ class OnnxRuntimeBackend:
         return device
 
     def profile(
-        self, bundle: Bundle, graph: str, device: str, options: Mapping[str, Any], batch: int
+        self, bundle: Bundle, graph: str, device: str, options: Mapping[str, Any], batch: int, built: Path | None = None
     ) -> OnnxRuntimeProfiledSession:
         if device != "cpu":
             raise EngineError(

@@ -136,7 +136,7 @@ class OpenVinoBackend:
         return BatchSizes({size: session(size) for size in sizes}) if sizes else session(None)
 
     def profile(
-        self, bundle: Bundle, graph: str, device: str, options: Mapping[str, Any], batch: int
+        self, bundle: Bundle, graph: str, device: str, options: Mapping[str, Any], batch: int, built: Path | None = None
     ) -> OpenVinoProfiledSession:
         core, config = self._config(device, options)
         sizes = options.get("batch")

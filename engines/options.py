@@ -20,6 +20,8 @@ def read(targets: Sequence[Backend], given: Mapping[str, object]) -> dict[str, s
         InputError: for a name or a value that an engine tried does not take.
     """
     values = [{name: _read(target, targets, name, v) for name, v in given.items()} for target in targets]
+    for target, found in zip(targets, values, strict=True):
+        _agree(target, found)
     return values[0]
 
 
@@ -41,6 +43,17 @@ def described(backend: Backend) -> dict[str, dict[str, Any]]:
         name: {"takes": option.takes, "default": option.default, "help": option.help}
         for name, option in backend.engine_options.items()
     }
+
+
+def _agree(target: Backend, found: Mapping[str, str | int]) -> None:
+    """Refuse options that go with another one only, or not with it."""
+    for name, value in found.items():
+        option = target.engine_options[name]
+        if option.needs and found.get(option.needs) != "on":
+            raise InputError(f"expected --option {option.needs}=on with --option {name}; found it off")
+        for other, why in option.excludes.items():
+            if value == "on" and found.get(other) == "on":
+                raise InputError(f"expected one of --option {name}=on and --option {other}=on; found both: {why}")
 
 
 def _read(target: Backend, targets: Sequence[Backend], name: str, value: object) -> str | int:

@@ -1,54 +1,49 @@
 """TensorRT 11 on an NVIDIA GPU.
 
 Networks are strongly typed: a graph's own types are what is computed in, and TF32 is switched off. Each graph becomes one
-plan, with one optimisation profile over the batch; plans and the inspector's view of their layers are the built engine's
-files. Execution contexts never run at the same time here, so all of them share one block of scratch memory, and one stream;
-arrays stay on the device from one to the next, and a whole sampling is captured in one CUDA graph (:mod:`~.cuda`).
+plan (:mod:`~.tensorrt_build`), with one optimisation profile over the batch; plans and the inspector's view of their layers
+are the built engine's files. Execution contexts never run at the same time here, so all of them share one block of scratch
+memory, and one stream; arrays stay on the device from one to the next, and a whole sampling is captured in one CUDA graph
+(:mod:`~.cuda`).
 
 Not run on a GPU yet: the tests hold every call against the real bindings of TensorRT 11.4, which import without a GPU.
 """
 
 from __future__ import annotations
 
+import json
 import platform
 import weakref
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mteo_deploy.bundle import Bundle
-from mteo_deploy.engines.base import Option, ProfiledSession, Session
-from mteo_deploy.engines.cuda import CudaDevice, cuda
+from mteo_deploy.engines.base import Layer, ProfiledSession, Session
+from mteo_deploy.engines.cuda import CudaDevice, NotCapturedError, cuda
 from mteo_deploy.engines.device import DeviceArray, Value, Values, closed
-from mteo_deploy.errors import EngineError, MissingPackageError
+from mteo_deploy.engines.options import of
+from mteo_deploy.engines.tensorrt_build import MIB, OPTIONS, build_plan, errors_of, package
+from mteo_deploy.errors import EngineError
 from mteo_deploy.progress import Reporter
 
-DEFAULT_BATCH = (1, 16)
-OPTIONS: dict[str, Option] = {}
-ROWS = (1, 4, 64)
-"""Least, usual and greatest number of evaluations of a table."""
+if TYPE_CHECKING:
+    import tensorrt
 
-
-def _trt() -> Any:
-    """Import tensorrt, or say which extra to install."""
-    try:
-        import tensorrt
-    except ImportError as error:  # not ModuleNotFoundError: the package may be there without its libraries
-        raise MissingPackageError(
-            f"the engine tensorrt is not installed ({error}); run: pip install 'mteo-deploy[tensorrt]'"
-        ) from None
-    return tensorrt
+AMPERE = 8
+"""Major compute capability from which ``hardware_compatibility=ampere_plus`` holds."""
 
 
 class _Device(CudaDevice):
     """What all sessions share beside memory and stream: the runtime, and the times of layers built so far."""
 
     def __init__(self) -> None:
+        import tensorrt as trt
+
         super().__init__()
-        trt = _trt()
         self.logger = trt.Logger(trt.Logger.ERROR)
         self.runtime = trt.Runtime(self.logger)
         self.timing = b""
@@ -57,12 +52,14 @@ class _Device(CudaDevice):
 class TensorRtSession:
     """One plan with its execution context and its buffers."""
 
-    def __init__(self, device: _Device, plan: bytes, graph: str) -> None:
-        trt = _trt()
+    def __init__(self, device: _Device, plan: bytes, graph: str, prepare: Callable[[Any], bool]) -> None:
+        import tensorrt as trt
+
         self.device, self._plan, self._graph = device, plan, graph
         engine = device.runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise EngineError(f"tensorrt could not read the plan of {graph}; build again")
+        self._streamed = prepare(engine)
         self._engine = engine
         self._context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if self._context is None:
@@ -94,6 +91,8 @@ class TensorRtSession:
     def _run(self, inputs: dict[str, DeviceArray]) -> list[DeviceArray]:
         """Put one run on the stream. Nothing here waits for the device, and a run like the last one allocates nothing."""
         context, device = self._context, self.device
+        if device.capturing and self._streamed:
+            raise NotCapturedError(f"weights of {self._graph} are streamed to the device")
         for name, value in inputs.items():
             if not context.set_input_shape(name, tuple(value.shape)):
                 shapes = {name: value.shape for name, value in inputs.items()}
@@ -121,12 +120,78 @@ class TensorRtSession:
     def save(self, directory: Path, graph: str) -> None:
         stem = PurePosixPath(graph).stem
         (directory / f"{stem}.plan").write_bytes(self._plan)
-        inspector = self._engine.create_engine_inspector()
-        layers = inspector.get_engine_information(_trt().LayerInformationFormat.JSON)
-        (directory / f"{stem}.layers.json").write_text(layers, encoding="utf-8")
+        (directory / f"{stem}.layers.json").write_text(self._inspect(), encoding="utf-8")
 
     def close(self) -> None:
         self._context = self._engine = None
+
+    def _inspect(self) -> str:
+        """The layers of the plan, in JSON."""
+        import tensorrt as trt
+
+        found: str = self._engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+        return found
+
+
+class TensorRtProfiledSession(TensorRtSession):
+    """A session whose context tells the times of its layers after every run."""
+
+    def __init__(self, device: _Device, plan: bytes, graph: str, prepare: Callable[[Any], bool]) -> None:
+        super().__init__(device, plan, graph, prepare)
+        kinds = _kinds(self._inspect())
+        self._profiler = _profiler(kinds)
+        self._context.profiler = self._profiler
+
+    def _run(self, inputs: dict[str, DeviceArray]) -> list[DeviceArray]:
+        if self.device.capturing:  # a captured graph is launched as a whole
+            raise NotCapturedError(f"the layers of {self._graph} are timed one by one")
+        return super()._run(inputs)
+
+    def layers(self) -> list[Layer]:
+        return list(self._profiler.found.values())
+
+
+def _kinds(inspected: str) -> dict[str, str]:
+    """Layer -> kind, as the inspector of a plan built with detailed verbosity tells."""
+    layers = [layer for layer in json.loads(inspected)["Layers"] if isinstance(layer, dict)]
+    return {layer["Name"]: layer.get("LayerType", "unknown") for layer in layers}
+
+
+def _profiler(kinds: Mapping[str, str]) -> Any:
+    import tensorrt as trt
+
+    class Profiler(trt.IProfiler):
+        def __init__(self) -> None:
+            trt.IProfiler.__init__(self)
+            self.found: dict[str, Layer] = {}
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            self.found.setdefault(layer_name, Layer(layer_name, kinds.get(layer_name, "unknown"))).times.append(ms)
+
+    return Profiler()
+
+
+def _fill(engine: tensorrt.ICudaEngine, logger: tensorrt.Logger, source: Path, graph: str) -> None:
+    """Put the weights of the graph that a plan was built from into the plan. Others would be undefined; the key sees to it."""
+    import tensorrt as trt
+
+    refitter = trt.Refitter(engine, logger)
+    parser = trt.OnnxParserRefitter(refitter, logger)
+    if not parser.refit_from_file(str(source)):
+        raise EngineError(f"tensorrt could not put the weights into {graph}: {errors_of(parser)}; build with strip=off")
+    if missing := refitter.get_missing_weights():
+        raise EngineError(f"tensorrt found no weights for {', '.join(missing)} in {graph}; build with strip=off")
+    if not refitter.refit_cuda_engine():
+        raise EngineError(f"tensorrt did not take the weights of {graph}; build with strip=off")
+
+
+def _stream(engine: tensorrt.ICudaEngine, budget: int | None, graph: str) -> None:
+    """Set how many bytes of weights stay on the device: all that fit by TensorRT's own reckoning, or a budget in MiB."""
+    most = engine.streamable_weights_size
+    size = engine.get_weight_streaming_automatic_budget() if budget is None else min(budget * MIB, most)
+    engine.weight_streaming_budget_v2 = size
+    if engine.weight_streaming_budget_v2 != size:
+        raise EngineError(f"tensorrt did not take {size} of {most} bytes as the budget of the weights of {graph}")
 
 
 class TensorRtBackend:
@@ -139,8 +204,7 @@ class TensorRtBackend:
         self._shared: Callable[[], _Device | None] = lambda: None
 
     def version(self) -> str:
-        trt = _trt()
-        return str(getattr(trt, "__version__", None) or metadata.version("tensorrt-cu13"))
+        return str(getattr(package(), "__version__", None) or metadata.version("tensorrt-cu13"))
 
     def devices(self) -> list[str]:
         try:
@@ -149,9 +213,13 @@ class TensorRtBackend:
             return []
 
     def machine(self, device: str, options: Mapping[str, Any]) -> str:
+        level = of(OPTIONS, options)["hardware_compatibility"]
         properties = cuda("cudaGetDeviceProperties", 0)
         name = properties.name.decode() if isinstance(properties.name, bytes) else properties.name
-        return f"{platform.machine()}, {name}, compute capability {properties.major}.{properties.minor}"
+        capability = f"compute capability {properties.major}.{properties.minor}"
+        if level == "ampere_plus" and properties.major >= AMPERE:
+            return f"{platform.machine()}, compute capability {AMPERE}.0 or later"
+        return f"{platform.machine()}, {capability}" if level != "none" else f"{platform.machine()}, {name}, {capability}"
 
     def open(
         self,
@@ -162,14 +230,42 @@ class TensorRtBackend:
         built: Path | None = None,
         report: Reporter | None = None,
     ) -> Session:
-        _trt()
+        return TensorRtSession(*self._plan(bundle, graph, device, options, built, report))
+
+    def profile(
+        self, bundle: Bundle, graph: str, device: str, options: Mapping[str, Any], batch: int, built: Path | None = None
+    ) -> ProfiledSession:
+        return TensorRtProfiledSession(*self._plan(bundle, graph, device, options, built, None))
+
+    def _plan(
+        self,
+        bundle: Bundle,
+        graph: str,
+        device: str,
+        options: Mapping[str, Any],
+        built: Path | None,
+        report: Reporter | None,
+    ) -> tuple[_Device, bytes, str, Callable[[Any], bool]]:
+        """What makes a session: the stored plan or a new one, and what its engine wants before its first context.
+
+        That tells whether weights are streamed to the device.
+        """
+        package()
         if device not in self.devices():
             raise EngineError(f"expected a device out of {', '.join(self.devices()) or 'none'} for tensorrt; found {device!r}")
-        shared = self._device()
+        shared, source, own = self._device(), bundle.file(graph), of(OPTIONS, options)
         path = None if built is None else built / f"{PurePosixPath(graph).stem}.plan"
-        if path is not None and path.is_file():
-            return TensorRtSession(shared, path.read_bytes(), graph)
-        return TensorRtSession(shared, self._build(shared, bundle, graph, options), graph)
+        stored = path is not None and path.is_file()
+        plan = path.read_bytes() if path and stored else build_plan(shared, source, graph, options, report)
+
+        def prepare(engine: tensorrt.ICudaEngine) -> bool:
+            if own["strip"] == "on":
+                _fill(engine, shared.logger, source, graph)
+            if own["weight_streaming"] == "on":
+                _stream(engine, own["weight_streaming_budget"], graph)
+            return bool(own["weight_streaming"] == "on" and engine.weight_streaming_budget_v2 < engine.streamable_weights_size)
+
+        return shared, plan, graph, prepare
 
     def _device(self) -> _Device:
         """The device that all open sessions share; it goes with the last of them."""
@@ -178,44 +274,6 @@ class TensorRtBackend:
             device = _Device()
             self._shared = weakref.ref(device)
         return device
-
-    def profile(self, bundle: Bundle, graph: str, device: str, options: Mapping[str, Any], batch: int) -> ProfiledSession:
-        raise EngineError(
-            "tensorrt does not tell the times of its layers here yet; use trtexec --dumpProfile on the built plan"
-        )
-
-    @staticmethod
-    def _build(device: _Device, bundle: Bundle, graph: str, options: Mapping[str, Any]) -> bytes:
-        """Parse one graph and build its plan."""
-        trt = _trt()
-        builder = trt.Builder(device.logger)
-        network = builder.create_network(0)
-        parser = trt.OnnxParser(network, device.logger)
-        if not parser.parse_from_file(str(bundle.file(graph))):
-            errors = [parser.get_error(i) for i in range(parser.num_errors)]
-            found = "; ".join(f"{error.node_operator()} {error.node_name()}: {error.desc()}" for error in errors)
-            raise EngineError(f"tensorrt could not parse {graph}: {found}; export again or report it")
-        config = builder.create_builder_config()
-        config.clear_flag(trt.BuilderFlag.TF32)  # fp32 means fp32
-        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-        timing = config.create_timing_cache(device.timing)  # the step graphs of a plan are the same layers
-        if not config.set_timing_cache(timing, False):
-            raise EngineError(f"tensorrt did not take its own timing cache for {graph}")
-        profile = builder.create_optimization_profile()
-        sizes = options.get("batch") or DEFAULT_BATCH
-        for i in range(network.num_inputs):
-            tensor = network.get_input(i)
-            shape = tuple(tensor.shape)
-            if -1 in shape:
-                least, usual, most = ROWS if tensor.name == "table" else (min(sizes), max(sizes), max(sizes))
-                fill = [tuple(count if size == -1 else size for size in shape) for count in (least, usual, most)]
-                profile.set_shape(tensor.name, fill[0], fill[1], fill[2])
-        config.add_optimization_profile(profile)
-        plan = builder.build_serialized_network(network, config)
-        if plan is None:
-            raise EngineError(f"tensorrt could not build {graph}: no implementation was found, or the memory was not enough")
-        device.timing = bytes(config.get_timing_cache().serialize())
-        return bytes(plan)
 
 
 BACKEND = TensorRtBackend()

@@ -13,11 +13,14 @@ import ctypes
 import functools
 import importlib.util
 import inspect
+import json
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -54,10 +57,10 @@ pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not instal
 PACKAGE = Path(next(iter(found.submodule_search_locations)))
 
 
-@pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The extension module of the bindings, over stubs."""
-    directory = tmp_path_factory.mktemp("stubs")
+@functools.cache
+def bindings() -> Any:
+    """The extension module of the bindings, over stubs; a process can load it once."""
+    directory = Path(tempfile.mkdtemp(prefix="stubs-"))
     source = directory / "stub.c"
     source.write_text("\n".join(f"void *{name}(void) {{ return 0; }}" for name in SYMBOLS))
     for library in LIBRARIES:
@@ -68,6 +71,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Any:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    shutil.rmtree(directory)
     return module
 
 
@@ -118,6 +122,7 @@ class StandIn:
         (arguments, _), *_ = overloads(attribute.fset.__doc__.replace("arg0", "self").replace("(self", "f(self", 1))
         assert fits(self.world.real, value, arguments[0][0]), f"{self.cls.__name__}.{name} = {value!r}"
         self.given[name] = value
+        self.world.set[f"{self.cls.__name__}.{name}"] = value
 
 
 class World:
@@ -126,9 +131,11 @@ class World:
     def __init__(self, real: Any) -> None:
         self.real, self.calls = real, []  # type: ignore[var-annotated]
         self.memory = HostMemory()
+        self.set: dict[str, Any] = {}
         self.addresses: dict[str, int] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.refuse: set[str] = set()
+        self.layers: list[dict[str, Any]] = []
         tensors = [("state", real.TensorIOMode.INPUT), ("next_state", real.TensorIOMode.OUTPUT)]
         state = StandIn(self, real.ITensor)
         self.answers: dict[str, Any] = {
@@ -147,8 +154,17 @@ class World:
             "ICudaEngine.get_tensor_name": lambda i: tensors[i][0],
             "ICudaEngine.get_tensor_mode": lambda name: dict(tensors)[name],
             "ICudaEngine.get_tensor_dtype": lambda name: real.DataType.FLOAT,
-            "EngineInspector.get_engine_information": lambda format: '{"Layers": [], "I/O Tensors": []}',
-            "Builder.build_serialized_network": lambda n, c: None if "build" in self.refuse else b"plan",
+            "EngineInspector.get_engine_information": lambda format: json.dumps({"Layers": self.layers, "I/O Tensors": []}),
+            "Builder.build_serialized_network": lambda n, c: None if "build" in self.refuse or not self.phases() else b"plan",
+            "IBuilderConfig.create_timing_cache": self._timing_cache,
+            "IBuilderConfig.set_timing_cache": lambda cache, mismatch: "foreign" not in cache.given,
+            "ICudaEngine.streamable_weights_size": 5 << 20,
+            "ICudaEngine.get_weight_streaming_automatic_budget": lambda: 3 << 20,
+            "OnnxParserRefitter.num_errors": 1,
+            "OnnxParserRefitter.get_error": lambda i: StandIn(self, real.ParserError),
+            "OnnxParserRefitter.refit_from_file": lambda path: "refit" not in self.refuse,
+            "Refitter.get_missing_weights": lambda: ["conv.weight"] if "weights" in self.refuse else [],
+            "Refitter.refit_cuda_engine": lambda: "engine" not in self.refuse,
             "Runtime.deserialize_cuda_engine": lambda p: StandIn(self, real.ICudaEngine) if p == b"plan" else None,
             "ITimingCache.serialize": lambda: b"timing",
             "IExecutionContext.set_input_shape": self._set_shape,
@@ -162,7 +178,28 @@ class World:
         self.shapes[name] = shape
         return shape[0] <= 16
 
+    def _timing_cache(self, stored: bytes) -> StandIn | None:
+        cache = StandIn(self, self.real.ITimingCache)
+        cache.given.update({"foreign": True} if stored == b"foreign" else {})
+        return None if stored == b"damaged" else cache
+
+    def phases(self) -> bool:
+        """What a builder tells the monitor, in a thread of its own; whether it went through."""
+        monitor = self.set["IBuilderConfig.progress_monitor"]
+        monitor.phase_start("Building", None, 2)
+        monitor.phase_start("Timing", "Building", 3)
+        going = all(self.step(monitor, "Timing", i) for i in range(3))
+        monitor.phase_finish("Timing")
+        going = going and self.step(monitor, "Building", 0)
+        monitor.phase_finish("Building")  # before the last step, as TensorRT may
+        return going
+
+    def step(self, monitor: Any, phase: str, index: int) -> bool:
+        return bool(monitor.step_complete(phase, index))
+
     def _execute(self, stream: int) -> bool:
+        for layer in self.layers if "IExecutionContext.profiler" in self.set else []:
+            self.set["IExecutionContext.profiler"].report_layer_time(layer["Name"], layer["ms"])
         count = int(np.prod(self.shapes["state"]))
         source, target = (
             np.ctypeslib.as_array((ctypes.c_float * count).from_address(self.addresses[name]))
@@ -191,8 +228,10 @@ class World:
     def __getattr__(self, name: str) -> Any:
         if name == "nptype":
             return self.nptype
+        if name == "__version__":
+            return metadata.version("tensorrt-cu13-bindings")
         attribute = getattr(self.real, name)
-        if name not in ("Logger", "Builder", "OnnxParser", "Runtime"):
+        if name not in ("Logger", "Builder", "OnnxParser", "Runtime", "Refitter", "OnnxParserRefitter"):
             return attribute
 
         def make(*args: Any) -> StandIn:
@@ -306,9 +345,14 @@ class HostMemory:
 
 
 @pytest.fixture
-def world(real: Any, monkeypatch: pytest.MonkeyPatch) -> World:
-    world = World(real)
-    monkeypatch.setattr(ours, "_trt", lambda: world)
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    return make_world(monkeypatch)
+
+
+def make_world(monkeypatch: pytest.MonkeyPatch) -> World:
+    """Put the stand-ins in the place of the packages."""
+    world = World(bindings())
+    monkeypatch.setitem(sys.modules, "tensorrt", world)
     monkeypatch.setattr(cuda, "cudart", lambda: world.memory)
     return world
 
@@ -322,7 +366,7 @@ def test_build_run_save_and_open_again(world: World, tiny_bundle: Path, tmp_path
         (output,) = session.run({"state": state[:batch]})
         np.testing.assert_array_equal(output, 2 * state[:batch])
     calls = dict(world.calls)
-    assert calls["IOptimizationProfile.set_shape"] == ("state", (2, 1, 8, 8), (4, 1, 8, 8), (4, 1, 8, 8))
+    assert calls["IOptimizationProfile.set_shape"] == ("state", (2, 1, 8, 8), (2, 1, 8, 8), (4, 1, 8, 8))
     assert calls["IBuilderConfig.clear_flag"] == (world.real.BuilderFlag.TF32,)
     session.save(tmp_path, "graphs/step_00.onnx")
     assert {path.name for path in tmp_path.iterdir()} == {"step_00.plan", "step_00.layers.json"}
@@ -369,7 +413,7 @@ def loop_of(path: Path) -> tuple[Bundle, Sampler]:
 
 
 def test_a_whole_loop_becomes_one_graph(world: World, tiny_bundle: Path) -> None:
-    """As it is, once more and captured, then launched alone; each batch size by itself, in any order."""
+    """As it is, again and captured, then launched alone; each batch size by itself, in any order."""
     _, sampler = loop_of(tiny_bundle)
     assert [images(world, sampler, 2, seed) for seed in range(4)] == [3, 6, 0, 0]
     assert [images(world, sampler, 4, seed) for seed in range(4)] == [3, 6, 0, 0]
@@ -412,10 +456,30 @@ def test_what_cannot_be_captured_runs_as_it_is_and_says_why(world: World, tiny_b
     """Images that go in parts leave the device in the middle of the loop."""
     bundle, backend = Bundle.open(tiny_bundle), ours.TensorRtBackend()
     sampler = Sampler(bundle, lambda graph: BatchSizes({2: backend.open(bundle, graph, "cuda", {})}))
-    assert [images(world, sampler, 3, seed) for seed in range(3)] == [6, 12, 6]
+    assert [images(world, sampler, 3, seed) for seed in range(3)] == [6, 6, 6]
     (note,) = sampler.device.notes
     assert note.startswith("loop not captured in a CUDA graph for state [3, 1, 8, 8]: ") and "images go in parts" in note
     assert [images(world, sampler, 2, seed) for seed in range(3)] == [3, 6, 0]
+
+
+def test_streamed_weights_are_not_captured(world: World, tiny_bundle: Path) -> None:
+    bundle, backend = Bundle.open(tiny_bundle), ours.TensorRtBackend()
+    for budget, runs in ((0, [3, 3, 3]), (9, [3, 6, 0])):
+        own = {"weight_streaming": "on", "weight_streaming_budget": budget}
+        options = {"engine_options": own}
+        sampler = Sampler(bundle, lambda graph, options=options: backend.open(bundle, graph, "cuda", options))  # type: ignore[misc]
+        assert [images(world, sampler, 2, seed) for seed in range(3)] == runs
+        assert ["weights of graphs/step_00.onnx are streamed" in note for note in sampler.device.notes] == [True] * (
+            budget == 0
+        )
+        del sampler
+
+
+def test_layers_are_not_timed_in_a_captured_graph(world: World, tiny_bundle: Path) -> None:
+    bundle, backend = Bundle.open(tiny_bundle), ours.TensorRtBackend()
+    sampler = Sampler(bundle, lambda graph: backend.profile(bundle, graph, "cuda", {}, 1))
+    assert [images(world, sampler, 2, seed) for seed in range(3)] == [3, 3, 3]
+    assert "are timed one by one" in sampler.device.notes[0]
 
 
 def test_memory_that_a_capture_would_need_is_refused(world: World, tiny_bundle: Path) -> None:
