@@ -1,9 +1,9 @@
 """Memory of a GPU, one stream, and whole loops captured in CUDA graphs, through ``cuda.bindings``.
 
 A captured graph freezes what it was captured with: shapes, addresses and the kernels' arguments. So each set of shapes has a
-take of its own, with buffers that nothing else uses. A loop runs as it is twice. Then every context is ready for these shapes and
-every buffer is there, and it is captured; from then on a sampling is a copy to the device, one launch, and a copy back. What
-cannot be captured goes on running as it is, and the device's notes say why.
+take of its own, with buffers that nothing else uses. A loop runs as it is twice. Then every context is ready for these shapes
+and every buffer is there, and it is captured; from then on a sampling is a copy to the device, one launch, and a copy back.
+What cannot be captured goes on running as it is, and the device's notes say why.
 
 Capturing: CUDA C++ Programming Guide, "CUDA Graphs", and TensorRT's guide to performance, "CUDA Graphs".
 """
