@@ -78,6 +78,12 @@ def _size(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def _named(option: str, texts: tuple[str, ...]) -> dict[str, str]:
+    if wrong := [text for text in texts if "=" not in text]:
+        raise InputError(f"expected {option} NAME=VALUE; found {wrong[0]!r}")
+    return dict(text.split("=", 1) for text in texts)
+
+
 def _emit(data: Any) -> None:
     click.echo(json.dumps(data, indent=1, default=list))
 
@@ -262,21 +268,29 @@ def _sites_line(sites: list[dict[str, Any]]) -> str:
 @click.option("--realisation", default="auto", show_default=True, help="baked, table, fused, or auto: time them.")
 @click.option("--precision", default="fp32", show_default=True, help="fp32 or bf16: what the engine may compute in.")
 @click.option("--batch", help="Batch sizes to compile for, by comma; the first is timed [default: export's, else any].")
+@click.option(
+    "--option",
+    "given",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="A setting of the engine's own; repeatable; doctor lists them.",
+)
 @click.option("--threads", type=int, help="Threads inside an operator [default: the engine's choice].")
 @json_option
 @quiet_option
 @_verb
-def build(bundle: Path, batch: str | None, as_json: bool, quiet: bool, **options: Any) -> None:
+def build(bundle: Path, batch: str | None, given: tuple[str, ...], as_json: bool, quiet: bool, **options: Any) -> None:
     """Make a bundle's graphs ready in an engine.
 
     \b
     Example:  mteo-deploy build bundle
               mteo-deploy build bundle --engine openvino --precision bf16 --batch 1,8
+              mteo-deploy build bundle --engine onnxruntime --option spinning=off
     """
     from mteo_deploy.engines.build import build as run
 
     sizes = [] if batch is None else _integers("--batch", batch)
-    directory = run(bundle, batch=sizes, quiet=quiet or as_json, **options)
+    directory = run(bundle, batch=sizes, engine_options=_named("--option", given), quiet=quiet or as_json, **options)
     record = json.loads((directory / "engine.json").read_text())
     if as_json:
         _emit(record)
@@ -288,6 +302,8 @@ def build(bundle: Path, batch: str | None, as_json: bool, quiet: bool, **options
             click.echo(f"{name} / {loops['against']}, whole loop at batch {loops['batch']}: {ratio['ratio']:.3f} {interval}")
     for name, problem in measured.get("engines", {}).get("refused", {}).items():
         click.echo(f"{name} left out: {problem}")
+    if record["missed"]:
+        click.echo(f"{record['missed']['name']} did not fit: {'; '.join(record['missed']['changed'])}")
     click.echo(f"built {directory}, realisation {record['realisation']}")
     click.echo(f"next: mteo-deploy sample {bundle} --num 64 -o grid.png")
 
@@ -340,12 +356,11 @@ def sample(
     requests: dict[str, Any] = {} if request_file is None else given.read(request_file)
     requests |= {} if class_labels is None else {"class_labels": _integers("--class-labels", class_labels)}
     shape = None if size is None else _size(size)
-    sampler = Sampler.load(bundle, **options)
-    clock = time.perf_counter()
-    with reporter(quiet or as_json) as report:
+    with Sampler.load(bundle, **options) as sampler, reporter(quiet or as_json) as report:
+        clock = time.perf_counter()
         task = report.task("sampling", num)
         drawn = sampler(num, seed, batch, lambda n: report.advance(task, n), requests, shape)
-    seconds = time.perf_counter() - clock
+        seconds = time.perf_counter() - clock
     images.save(drawn, output)
     if as_json:
         _emit({"output": str(output), "num": num, "seed": seed, "batch": batch, "seconds": seconds})
@@ -539,6 +554,9 @@ def doctor(as_json: bool) -> None:
         click.echo(f"{entry['engine']} {entry['version']}: {', '.join(entry['precisions'])}")
         for device in entry["devices"]:
             click.echo(f"  {device}: {entry['machine'][device]}")
+        for name, option in entry["options"].items():
+            default = "the engine's choice" if option["default"] is None else option["default"]
+            click.echo(f"  --option {name}={option['takes']} [default: {default}]: {option['help']}")
 
 
 @main.group()

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 CASES = ("one evaluation", "baked", "table", "fused")
-OPTIONS = {"default": {}, "no prepacking": {"session.disable_prepacking": "1"}}
+OPTIONS = {"default": {}, "no prepacking": {"prepacking": "off"}}
 
 
 def private_bytes() -> int:
@@ -39,7 +39,7 @@ def measure(path: Path, case: str, config: dict[str, str], batch: int) -> int:
 
     bundle, engine = Bundle.open(path), backend("onnxruntime")
     engine.version()
-    options = {"session_config": config}
+    options = {"engine_options": config}
     state = np.zeros((batch, *bundle.sample_shape), np.float32)
     before = private_bytes()
     if case == "one evaluation":

@@ -49,15 +49,17 @@ def installed() -> list[Backend]:
 
 
 def doctor() -> list[dict[str, Any]]:
-    """Each engine: version, devices and precisions, or what is wrong and the way out."""
+    """Each engine: version, devices, precisions and options, or what is wrong and the way out."""
+    from mteo_deploy.engines import options
+
     found: list[dict[str, Any]] = []
     for one in map(backend, BACKENDS):
-        entry: dict[str, Any] = {"engine": one.name}
+        entry: dict[str, Any] = {"engine": one.name, "options": options.described(one)}
         try:
             entry |= {"version": one.version(), "devices": one.devices(), "precisions": list(one.precisions)}
             if not one.devices():
                 entry["problem"] = "no device that it can use"
-            entry["machine"] = {device: one.machine(device) for device in one.devices()}
+            entry["machine"] = {device: one.machine(device, {}) for device in one.devices()}
         except MteoError as error:
             entry["problem"] = str(error)
         found.append(entry)

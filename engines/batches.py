@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mteo_deploy.engines.base import Session
+from mteo_deploy.engines.device import Values, device_of
 
 SHARED = ("timestep", "evaluation", "table")
 """Inputs that are the same for all images of a batch."""
@@ -24,13 +24,15 @@ class BatchSizes:
 
     def __init__(self, sessions: Mapping[int, Session]) -> None:
         self.sessions = dict(sorted(sessions.items()))
+        self.device = device_of(next(iter(self.sessions.values())))
 
-    def run(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[np.float32]]:
-        split = {name: values for name, values in feeds.items() if name not in SHARED}
-        same = {name: values for name, values in feeds.items() if name in SHARED}
-        count = len(next(iter(split.values())))
+    def run(self, feeds: Values) -> list[Any]:
+        """Run at any batch size; arrays on a device pass through, unless the images have to go in parts."""
+        count = next(values.shape[0] for name, values in feeds.items() if name not in SHARED)
         if count in self.sessions:
             return self.sessions[count].run(feeds)
+        split = {name: np.asarray(values) for name, values in feeds.items() if name not in SHARED}
+        same = {name: np.asarray(values) for name, values in feeds.items() if name in SHARED}
         parts, start, largest = [], 0, max(self.sessions)
         while start < count:
             size = min((size for size in self.sessions if size >= count - start), default=largest)
@@ -45,3 +47,7 @@ class BatchSizes:
     def save(self, directory: Path, graph: str) -> None:
         for session in self.sessions.values():
             session.save(directory, graph)
+
+    def close(self) -> None:
+        for session in self.sessions.values():
+            session.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from mteo_deploy import latency
 from mteo_deploy.bundle import Bundle, whole_directory
 from mteo_deploy.engines import AUTO, backend, cache, installed
 from mteo_deploy.engines.base import PRECISIONS, Backend, Session
+from mteo_deploy.engines.options import read
 from mteo_deploy.errors import EngineError, InputError, MteoError
 from mteo_deploy.progress import Reporter, reporter
 from mteo_deploy.realisations import NAMES
@@ -49,6 +50,7 @@ def build(
     batch: Sequence[int] = (),
     seconds: float = 2.0,
     threads: int | None = None,
+    engine_options: Mapping[str, object] | None = None,
     quiet: bool = False,
 ) -> Path:
     """Build a bundle in an engine, run each graph once, and leave the built engine in the bundle.
@@ -58,10 +60,11 @@ def build(
         device: ``cpu``, ...; None for the engine's best.
         realisation: ``baked``, ``table``, ``fused``, or ``auto``: time those the bundle has and take the fastest.
         precision: ``fp32`` or ``bf16``; what the engine may compute in.
-        batch: batch sizes to compile for and to measure the first of; empty for those that the bundle was exported for, and
-            for any size, measured at 1, where it was for none.
+        batch: batch sizes to compile for, the first one above all, which is also the one that is measured; empty for those
+            that the bundle was exported for, and for any size, measured at 1, where it was for none.
         seconds: how long to measure.
         threads: threads inside an operator; None for the engine's own choice.
+        engine_options: name -> value of settings of the engine's own; :func:`mteo_deploy.engines.doctor` lists them.
 
     Returns:
         the directory of the built engine.
@@ -70,7 +73,7 @@ def build(
         BundleError: for a bundle that is not whole.
         MissingPackageError: when the engine's package is not installed.
         EngineError: when the engine refuses a graph, a graph's output is not finite, or the bundle lacks the realisation.
-        InputError: for an engine, realisation, precision, batch or time that does not exist.
+        InputError: for an engine, realisation, precision, batch, time or engine option that does not exist.
     """
     if realisation not in (*NAMES, AUTO):
         raise InputError(f"expected --realisation out of {', '.join(NAMES)}, {AUTO}; found {realisation!r}")
@@ -85,7 +88,8 @@ def build(
         raise InputError(f"expected an engine that computes in {precision}; {engine} does not; mteo-deploy doctor lists them")
     options: dict[str, Any] = {"precision": precision}
     options |= {"threads": threads} if threads is not None else {}
-    options |= {"batch": sorted(set(batch))} if batch else {}
+    options |= {"batch": list(dict.fromkeys(batch))} if batch else {}
+    options |= {"engine_options": read(targets, engine_options)} if engine_options else {}
     names = list(bundle.realisations) if realisation == AUTO else [realisation]
     size = batch[0] if batch else 1
     with cache.locked(bundle), reporter(quiet) as report:
@@ -124,7 +128,7 @@ def _candidate(
     task = report.task(f"building {target.name}", len(names) + 2)
     for name in names:
         found.sessions[name] = {}
-        found.samplers[name] = Sampler(bundle, _opener(bundle, found, found.sessions[name]), name)
+        found.samplers[name] = Sampler(bundle, _opener(bundle, found, found.sessions[name], report), name)
         _check_loop(bundle, found.samplers[name])
         report.advance(task, 1, name)
     _check_conditioned(bundle, found.samplers[names[0]])
@@ -134,10 +138,10 @@ def _candidate(
     return found
 
 
-def _opener(bundle: Bundle, candidate: Candidate, sessions: dict[str, Session]) -> Callable[[str], Session]:
+def _opener(bundle: Bundle, candidate: Candidate, sessions: dict[str, Session], report: Reporter) -> Callable[[str], Session]:
     def open_graph(graph: str) -> Session:
         clock = time.monotonic()
-        sessions[graph] = candidate.backend.open(bundle, graph, candidate.device, candidate.options)
+        sessions[graph] = candidate.backend.open(bundle, graph, candidate.device, candidate.options, None, report)
         candidate.seconds_to_open[graph] = round(time.monotonic() - clock, 4)
         return sessions[graph]
 
@@ -147,7 +151,7 @@ def _opener(bundle: Bundle, candidate: Candidate, sessions: dict[str, Session]) 
 def _save(bundle: Bundle, built: Candidate) -> Path:
     """Leave what the chosen realisation needs, and the record."""
     parts = cache.key_parts(bundle, built.backend, built.device, built.options)
-    directory = cache.directory(bundle, parts)
+    directory, missed = cache.directory(bundle, parts), cache.missed(bundle, parts)
     with whole_directory(directory, replace=cache.RECORD) as temporary:
         conditioned = bundle.manifest["conditioned"]["graph"]
         every = {graph: session for sessions in built.sessions.values() for graph, session in sessions.items()}
@@ -157,6 +161,7 @@ def _save(bundle: Bundle, built: Candidate) -> Path:
             "parts": parts,
             "key": cache.key(parts),
             "realisation": built.realisation,
+            "missed": missed,
             "measured": built.measured,
             "seconds_to_open": built.seconds_to_open,
             "files": cache.files_of(temporary),
@@ -205,6 +210,6 @@ def _against_first(bundle: Bundle, samplers: dict[str, Sampler], batch: int, sec
     noise, requests = noise_for(bundle.sample_shape, 0, range(batch)), bundle.reference_requests(batch)
 
     def loop(name: str) -> Callable[[], object]:
-        return lambda: samplers[name].states(noise, requests)
+        return lambda: samplers[name].image(noise, requests)
 
     return {name: latency.compare(loop(name), loop(first), seconds=seconds / len(others)).to_json() for name in others}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from typing import Any
 from mteo_deploy.bundle import MANIFEST, Bundle, sha256_file
 from mteo_deploy.engines import AUTO, backend
 from mteo_deploy.engines.base import Backend
-from mteo_deploy.errors import BundleError, MteoError
+from mteo_deploy.engines.options import keyed, read
+from mteo_deploy.errors import BundleError, InputError, MteoError
 
 RECORD = "engine.json"
 
@@ -48,9 +50,37 @@ def key_parts(bundle: Bundle, backend: Backend, device: str, options: Mapping[st
         "engine": backend.name,
         "engine_version": backend.version(),
         "device": device,
-        "machine": backend.machine(device),
-        "options": dict(options),
+        "machine": backend.machine(device, options),
+        "options": keyed(backend, options),
     }
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What changed from the parts of one key to those of another: ``batch changed 1,4 -> 1,8``."""
+    old, new = _flat(before), _flat(now)
+    names = [name for name in dict.fromkeys([*new, *old]) if old.get(name) != new.get(name)]
+    return [f"{name} changed {_text(name, old.get(name))} -> {_text(name, new.get(name))}" for name in names]
+
+
+def _flat(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Parts with every option as a part of its own."""
+    options = dict(parts["options"])
+    return {**{name: part for name, part in parts.items() if name != "options"}, **options.pop("engine_options", {}), **options}
+
+
+def _text(name: str, value: Any) -> str:
+    if value is None:
+        return "not given"
+    return str(value)[:12] if name == "graphs" else ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def missed(bundle: Bundle, parts: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Why the newest built engine of the same engine and device is not the one with these parts; None without one."""
+    for path in records(bundle, parts["engine"], parts["device"]):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            changed = differences(json.loads(path.read_text(encoding="utf-8"))["parts"], parts)
+            return {"name": path.parent.name, "changed": changed} if changed else None
+    return None
 
 
 def key(parts: Mapping[str, Any]) -> str:
@@ -79,11 +109,15 @@ def check(bundle: Bundle, path: Path) -> Built:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         parts = record["parts"]
         name, device, options = parts["engine"], parts["device"], dict(parts["options"])
+        given = dict(options.get("engine_options", {}))
     except (OSError, ValueError, KeyError, TypeError):
         raise BundleError(f"{RECORD} cannot be read") from None
     target = backend(name)
-    now = key_parts(bundle, target, device, options)
-    changed = [f"{part} changed {parts.get(part)!s:.12} -> {now[part]!s:.12}" for part in now if parts.get(part) != now[part]]
+    try:
+        read([target], given)
+        changed = differences(parts, now := key_parts(bundle, target, device, options))
+    except InputError as error:
+        raise BundleError(f"{error}, as another version of mteo-deploy has") from None
     if changed:
         raise BundleError("; ".join(changed))
     if path.parent != directory(bundle, now):
@@ -124,7 +158,7 @@ def find(bundle: Bundle, engine: str = AUTO, device: str | None = None) -> Built
         except MteoError as error:
             problems.append(error)
             reasons.append(f"{path.parent.name}: {error}")
-            command += _again(path) if len(reasons) == 1 else ""
+            command += _again(path, engine) if len(reasons) == 1 else ""
     if problems and not any(isinstance(problem, BundleError) for problem in problems):
         raise problems[0]
     if reasons:
@@ -133,12 +167,15 @@ def find(bundle: Bundle, engine: str = AUTO, device: str | None = None) -> Built
     raise BundleError(f"expected a built engine{what and ' of ' + what} in {bundle.path}; found none; {command}")
 
 
-def _again(path: Path) -> str:
-    """The options of an older build, as the command line takes them."""
+def _again(path: Path, engine: str) -> str:
+    """The options of an older build, as the command line takes them; its engine too, where they are of that engine alone."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        options = json.loads(path.read_text(encoding="utf-8"))["parts"]["options"]
-        texts = {name: ",".join(map(str, v)) if isinstance(v, list) else v for name, v in options.items()}
-        return "".join(f" --{name} {text}" for name, text in texts.items() if text != "fp32")
+        parts = json.loads(path.read_text(encoding="utf-8"))["parts"]
+        options = parts["options"]
+        own = [("option", f"{name}={value}") for name, value in options.pop("engine_options", {}).items()]
+        texts = [(name, _text(name, value)) for name, value in options.items()]
+        texts += [("engine", parts["engine"]), *own] if own and engine == AUTO else own
+        return "".join(f" --{name} {shlex.quote(text)}" for name, text in texts if text != "fp32")
     return ""
 
 

@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU.
+"""ONNX Runtime on the CPU and on an NVIDIA GPU.
 
 ONNX Runtime optimises a graph when it opens it and keeps nothing that is worth storing: an optimised graph on disk
 would hold its own copy of the weights for every step. So its built engine is the record of what was opened, with which
@@ -7,6 +7,10 @@ options, on which machine: enough to refuse a bundle that changed since.
 A bundle opens one session per evaluation, each with its own worker threads. By default these go on spinning for a while
 after a run and take the cores from the next evaluation's session; `session.force_spinning_stop` ends the spinning with the
 run. On two cores that made a loop of four evaluations about twice as fast at batch 8.
+
+On a GPU inputs and outputs stay on the device (:mod:`~.ortvalues`), and nothing falls back to the CPU (:mod:`~.ortgpu`). With
+``--option provider=tensorrt`` the TensorRT provider builds engines at the first run of a graph at a batch size; those that the
+build met are files of the built engine. A session works on a copy of them: the provider may add to them at any run.
 """
 
 from __future__ import annotations
@@ -14,19 +18,44 @@ from __future__ import annotations
 import json
 import platform
 import tempfile
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mteo_deploy.bundle import Bundle
-from mteo_deploy.engines.base import Layer
-from mteo_deploy.errors import EngineError, MissingPackageError
+from mteo_deploy.engines import nvidia, ortgpu
+from mteo_deploy.engines.base import ON_OFF, Layer, Option, Session
+from mteo_deploy.engines.device import Values, closed
+from mteo_deploy.engines.options import of
+from mteo_deploy.engines.ortvalues import BoundSession, EngineFiles, OrtDevice
+from mteo_deploy.errors import EngineError, InputError, MissingPackageError
+from mteo_deploy.progress import Reporter
 
-PROVIDERS = {"cpu": "CPUExecutionProvider"}
+CPU = "CPUExecutionProvider"
+SPINNING = {
+    "off": {"session.intra_op.allow_spinning": "0"},
+    "run": {"session.force_spinning_stop": "1"},
+    "always": {},
+}
+OPTIMIZATION = {
+    "off": "ORT_DISABLE_ALL",
+    "basic": "ORT_ENABLE_BASIC",
+    "extended": "ORT_ENABLE_EXTENDED",
+    "all": "ORT_ENABLE_ALL",
+}
+OPTIONS = {
+    "spinning": Option(
+        "how long worker threads wait awake for work: never, during a run, after it too", tuple(SPINNING), "run"
+    ),
+    "prepacking": Option("weights laid out again for speed, in memory of their own for each graph", ON_OFF, "on"),
+    "optimization": Option("how far the graph is rewritten when it is opened", tuple(OPTIMIZATION), "all"),
+    **ortgpu.OPTIONS,
+}
 
 
 def _package() -> Any:
@@ -56,7 +85,9 @@ class OnnxRuntimeSession:
         self._session = session
         self._inputs = {value.name for value in session.get_inputs()}
 
-    def run(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[np.float32]]:
+    def run(self, feeds: Values) -> list[Any]:
+        if self._session is None:
+            raise closed()
         try:
             outputs: list[NDArray[np.float32]] = self._session.run(None, dict(feeds))
         except Exception as error:  # onnxruntime's exceptions share no base of their own
@@ -68,6 +99,9 @@ class OnnxRuntimeSession:
 
     def save(self, directory: Path, graph: str) -> None:
         """Nothing: see the module."""
+
+    def close(self) -> None:
+        self._session = None
 
 
 class OnnxRuntimeProfiledSession(OnnxRuntimeSession):
@@ -92,56 +126,113 @@ class OnnxRuntimeBackend:
     name = "onnxruntime"
     extra = "cpu"
     precisions = ("fp32",)
+    engine_options = OPTIONS
+
+    def __init__(self) -> None:
+        self._shared: Callable[[], OrtDevice | None] = lambda: None
 
     def version(self) -> str:
         return str(_package().__version__)
 
     def devices(self) -> list[str]:
-        available = _package().get_available_providers()
-        return [device for device, provider in PROVIDERS.items() if provider in available]
+        try:
+            ortgpu.check(_package())
+        except MissingPackageError:
+            raise
+        except EngineError:
+            return ["cpu"]
+        return ["cuda", "cpu"]
 
-    def machine(self, device: str) -> str:
-        return platform.machine()
+    def machine(self, device: str, options: Mapping[str, Any]) -> str:
+        return platform.machine() + (f", {nvidia.gpus()[0]}" if device == "cuda" else "")
 
     def open(
-        self, bundle: Bundle, graph: str, device: str, options: Mapping[str, Any], built: Path | None = None
-    ) -> OnnxRuntimeSession:
-        return OnnxRuntimeSession(self._session(bundle, graph, device, options))
+        self,
+        bundle: Bundle,
+        graph: str,
+        device: str,
+        options: Mapping[str, Any],
+        built: Path | None = None,
+        report: Reporter | None = None,
+    ) -> Session:
+        if device == "cuda":
+            return self._open_on_gpu(bundle, graph, options, built)
+        if device != "cpu":
+            raise EngineError(f"expected a device out of {', '.join(self.devices())} for onnxruntime; found {device!r}")
+        if gpu := [name for name in options.get("engine_options", {}) if name in ortgpu.OPTIONS]:
+            raise InputError(f"expected --device cuda with --option {gpu[0]}; found --device cpu")
+        return OnnxRuntimeSession(self._session(bundle, graph, options, [CPU]))
+
+    def _open_on_gpu(self, bundle: Bundle, graph: str, options: Mapping[str, Any], built: Path | None) -> Session:
+        onnxruntime, own, stem = _package(), of(OPTIONS, options), PurePosixPath(graph).stem
+        ortgpu.check(onnxruntime)
+        device, provider = self._device(onnxruntime), ortgpu.PROVIDERS[own["provider"]][0]
+        files = EngineFiles(stem, built) if provider == ortgpu.TENSORRT else None
+
+        def opened(graphs: bool) -> Session:
+            settings = ortgpu.providers(own, files.directory if files else None, stem, graphs)
+            session = self._session(bundle, graph, options, settings)
+            ortgpu.check_placed(session, graph, provider)
+            return BoundSession(session, device, graphs, files)
+
+        if files or own["cuda_graph"] == "off":
+            return opened(False)
+        try:
+            return opened(True)
+        except EngineError as error:
+            if own["cuda_graph"] == "on":
+                raise
+            session = opened(False)
+            device.notes.append(f"{graph} not captured in a CUDA graph: {error}")
+            return session
+
+    def _device(self, onnxruntime: Any) -> OrtDevice:
+        """The memory that all open sessions share; it goes with the last of them."""
+        device = self._shared()
+        if device is None:
+            device = OrtDevice(onnxruntime, "cuda")
+            self._shared = weakref.ref(device)
+        return device
 
     def profile(
-        self, bundle: Bundle, graph: str, device: str, options: Mapping[str, Any], batch: int
+        self, bundle: Bundle, graph: str, device: str, options: Mapping[str, Any], batch: int, built: Path | None = None
     ) -> OnnxRuntimeProfiledSession:
+        if device != "cpu":
+            raise EngineError(
+                "onnxruntime tells the times of its layers on cpu only; on a GPU use: nsys profile mteo-deploy sample"
+            )
         directory = tempfile.TemporaryDirectory(prefix="mteo-deploy-profile-")
         try:
-            session = self._session(bundle, graph, device, options, profile=str(Path(directory.name, "profile")))
+            session = self._session(bundle, graph, options, [CPU], profile=str(Path(directory.name, "profile")))
         except EngineError:
             directory.cleanup()
             raise
         return OnnxRuntimeProfiledSession(session, directory)
 
     @staticmethod
-    def _session(bundle: Bundle, graph: str, device: str, options: Mapping[str, Any], profile: str | None = None) -> Any:
+    def _session(
+        bundle: Bundle, graph: str, options: Mapping[str, Any], providers: Sequence[Any], profile: str | None = None
+    ) -> Any:
         onnxruntime = _package()
-        if device not in PROVIDERS:
-            raise EngineError(f"expected a device out of {', '.join(PROVIDERS)} for onnxruntime; found {device!r}")
         settings = onnxruntime.SessionOptions()
         settings.log_severity_level = 3
-        settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+        own = of(OPTIONS, options)
+        settings.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, OPTIMIZATION[own["optimization"]])
         if profile is not None:
             settings.enable_profiling = True
             settings.profile_file_prefix = profile
         if options.get("threads"):
             settings.intra_op_num_threads = int(options["threads"])
-        settings.add_session_config_entry("session.force_spinning_stop", "1")
-        for key, value in options.get("session_config", {}).items():
+        settings.add_session_config_entry("session.disable_prepacking", str(int(own["prepacking"] == "off")))
+        for key, value in SPINNING[own["spinning"]].items():
             settings.add_session_config_entry(key, value)
+        if providers != [CPU]:
+            settings.add_session_config_entry(ortgpu.RECORD, "1")
         try:
-            session = onnxruntime.InferenceSession(bundle.file(graph), settings, providers=[PROVIDERS[device]])
+            # enable_fallback: or a provider that cannot be made is left out, and a session on the CPU is what one gets
+            return onnxruntime.InferenceSession(bundle.file(graph), settings, providers=providers, enable_fallback=0)
         except Exception as error:  # onnxruntime's exceptions share no base of their own
             raise EngineError(f"onnxruntime could not open {graph}: {error}; export again or report the graph") from None
-        if session.get_providers()[0] != PROVIDERS[device]:
-            raise EngineError(f"expected {graph} on {device}; onnxruntime put it on {session.get_providers()[0]}")
-        return session
 
 
 BACKEND = OnnxRuntimeBackend()

@@ -15,16 +15,24 @@ from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from mteo_deploy.bundle import Bundle
-from mteo_deploy.engines.base import Layer, Session
+from mteo_deploy.engines.base import ON_OFF, Layer, Option, Session
 from mteo_deploy.engines.batches import SHARED, BatchSizes
+from mteo_deploy.engines.device import Values, closed
+from mteo_deploy.engines.options import of
 from mteo_deploy.errors import EngineError, MissingPackageError
+from mteo_deploy.progress import Reporter
 
 DEVICES = {"cpu": "CPU"}
 PRECISION_HINT = {"fp32": "f32", "bf16": "bf16"}
+OPTIONS = {
+    "hint": Option("what threads and streams are chosen for: one run, or many at once", ("latency", "throughput"), "latency"),
+    "streams": Option("runs at once that the processors are divided among", range(1, 1025)),
+    "pinning": Option("worker threads bound to processors", ON_OFF),
+    "hyper_threading": Option("both threads of a core are used", ON_OFF),
+}
+PROPERTIES = {"streams": "NUM_STREAMS", "pinning": "ENABLE_CPU_PINNING", "hyper_threading": "ENABLE_HYPER_THREADING"}
+SWITCH = {"on": "YES", "off": "NO"}
 
 
 def _core() -> Any:
@@ -45,7 +53,9 @@ class OpenVinoSession:
         self._inputs = {value.any_name for value in compiled.inputs}
         self._outputs = list(compiled.outputs)
 
-    def run(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[np.float32]]:
+    def run(self, feeds: Values) -> list[Any]:
+        if self._request is None:
+            raise closed()
         if feeds.keys() != self._inputs:  # a missing one would keep what the last run was given
             raise EngineError(f"expected the inputs {sorted(self._inputs)}; found {sorted(feeds)}")
         try:
@@ -60,6 +70,10 @@ class OpenVinoSession:
         path = directory / _file(graph, self._size)
         path.write_bytes(self._compiled.export_model().getvalue())
 
+    def close(self) -> None:
+        self._request = self._compiled = None
+        self._outputs = []
+
 
 class OpenVinoProfiledSession(OpenVinoSession):
     """A session that asks for the times of its layers after every run."""
@@ -68,7 +82,7 @@ class OpenVinoProfiledSession(OpenVinoSession):
         super().__init__(compiled, size)
         self._found: dict[str, Layer] = {}
 
-    def run(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[np.float32]]:
+    def run(self, feeds: Values) -> list[Any]:
         outputs = super().run(feeds)
         for entry in self._request.get_profiling_info():
             layer = self._found.setdefault(entry.node_name, Layer(entry.node_name, entry.node_type))
@@ -88,6 +102,7 @@ class OpenVinoBackend:
     name = "openvino"
     extra = "openvino"
     precisions = ("fp32", "bf16")
+    engine_options = OPTIONS
 
     def version(self) -> str:
         _core()
@@ -97,12 +112,20 @@ class OpenVinoBackend:
         available = _core().available_devices
         return [device for device, name in DEVICES.items() if name in available]
 
-    def machine(self, device: str) -> str:
+    def machine(self, device: str, options: Mapping[str, Any]) -> str:
         core, name = _core(), DEVICES.get(device, "CPU")
         can = "+".join(sorted(core.get_property(name, "OPTIMIZATION_CAPABILITIES")))
         return f"{platform.machine()}, {core.get_property(name, 'FULL_DEVICE_NAME').strip()}, {can}"
 
-    def open(self, bundle: Bundle, graph: str, device: str, options: Mapping[str, Any], built: Path | None = None) -> Session:
+    def open(
+        self,
+        bundle: Bundle,
+        graph: str,
+        device: str,
+        options: Mapping[str, Any],
+        built: Path | None = None,
+        report: Reporter | None = None,
+    ) -> Session:
         core, config = self._config(device, options)
 
         def session(size: int | None) -> OpenVinoSession:
@@ -113,7 +136,7 @@ class OpenVinoBackend:
         return BatchSizes({size: session(size) for size in sizes}) if sizes else session(None)
 
     def profile(
-        self, bundle: Bundle, graph: str, device: str, options: Mapping[str, Any], batch: int
+        self, bundle: Bundle, graph: str, device: str, options: Mapping[str, Any], batch: int, built: Path | None = None
     ) -> OpenVinoProfiledSession:
         core, config = self._config(device, options)
         sizes = options.get("batch")
@@ -127,12 +150,15 @@ class OpenVinoBackend:
         core = _core()
         if device not in DEVICES or DEVICES[device] not in core.available_devices:
             raise EngineError(f"expected a device out of {', '.join(self.devices())} for openvino; found {device!r}")
+        own = of(OPTIONS, options)
         config = {
-            "PERFORMANCE_HINT": "LATENCY",
+            "PERFORMANCE_HINT": own["hint"].upper(),
             "INFERENCE_PRECISION_HINT": PRECISION_HINT[options.get("precision", "fp32")],
         }
         if options.get("threads"):
             config["INFERENCE_NUM_THREADS"] = str(options["threads"])
+        given = {name: property for name, property in PROPERTIES.items() if own[name] is not None}
+        config |= {property: SWITCH.get(own[name], str(own[name])) for name, property in given.items()}
         return core, config
 
     @staticmethod

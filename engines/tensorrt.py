@@ -1,93 +1,49 @@
 """TensorRT 11 on an NVIDIA GPU.
 
 Networks are strongly typed: a graph's own types are what is computed in, and TF32 is switched off. Each graph becomes one
-plan, with one optimisation profile over the batch; plans and the inspector's view of their layers are the built engine's
-files. Execution contexts never run at the same time here, so all of them share one block of scratch memory, and one stream.
+plan (:mod:`~.tensorrt_build`), with one optimisation profile over the batch; plans and the inspector's view of their layers
+are the built engine's files. Execution contexts never run at the same time here, so all of them share one block of scratch
+memory, and one stream; arrays stay on the device from one to the next, and a whole sampling is captured in one CUDA graph
+(:mod:`~.cuda`).
 
 Not run on a GPU yet: the tests hold every call against the real bindings of TensorRT 11.4, which import without a GPU.
 """
 
 from __future__ import annotations
 
+import json
 import platform
-import threading
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mteo_deploy.bundle import Bundle
-from mteo_deploy.engines.base import ProfiledSession, Session
-from mteo_deploy.errors import EngineError, MissingPackageError
+from mteo_deploy.engines.base import Layer, ProfiledSession, Session
+from mteo_deploy.engines.cuda import CudaDevice, NotCapturedError, cuda
+from mteo_deploy.engines.device import DeviceArray, Value, Values, closed
+from mteo_deploy.engines.options import of
+from mteo_deploy.engines.tensorrt_build import MIB, OPTIONS, build_plan, errors_of, package
+from mteo_deploy.errors import EngineError
+from mteo_deploy.progress import Reporter
 
-DEFAULT_BATCH = (1, 16)
-ROWS = (1, 4, 64)
-"""Least, usual and greatest number of evaluations of a table."""
+if TYPE_CHECKING:
+    import tensorrt
 
-
-def _trt() -> Any:
-    """Import tensorrt, or say which extra to install."""
-    try:
-        import tensorrt
-    except ImportError as error:  # not ModuleNotFoundError: the package may be there without its libraries
-        raise MissingPackageError(
-            f"the engine tensorrt is not installed ({error}); run: pip install 'mteo-deploy[tensorrt]'"
-        ) from None
-    return tensorrt
+AMPERE = 8
+"""Major compute capability from which ``hardware_compatibility=ampere_plus`` holds."""
 
 
-def _cudart() -> Any:
-    try:
-        from cuda.bindings import runtime
-    except ImportError as error:
-        raise MissingPackageError(
-            f"the engine tensorrt needs cuda-bindings ({error}); run: pip install 'mteo-deploy[tensorrt]'"
-        ) from None
-    return runtime
-
-
-def _cuda(function: str, *args: Any) -> Any:
-    """Call a function of the CUDA runtime; its result, if it has one.
-
-    Raises:
-        EngineError: when the call fails.
-    """
-    cudart = _cudart()
-    code, *result = getattr(cudart, function)(*args)
-    if code != cudart.cudaError_t.cudaSuccess:
-        raise EngineError(f"CUDA: {function} failed with {getattr(code, 'name', code)}")
-    return result[0] if result else None
-
-
-class _Memory:
-    """A block of device memory that grows when more is asked for. Addresses are 256-byte aligned, as cudaMalloc's are."""
+class _Device(CudaDevice):
+    """What all sessions share beside memory and stream: the runtime, and the times of layers built so far."""
 
     def __init__(self) -> None:
-        self.address, self.size = 0, 0
+        import tensorrt as trt
 
-    def reserve(self, size: int) -> int:
-        if size > self.size:
-            self.free()
-            self.address, self.size = int(_cuda("cudaMalloc", size)), size
-        return self.address
-
-    def free(self) -> None:
-        if self.address:
-            _cuda("cudaFree", self.address)
-        self.address, self.size = 0, 0
-
-
-class _Device:
-    """What all sessions share: the stream, the scratch memory, the runtime, and a lock over them."""
-
-    def __init__(self) -> None:
-        trt = _trt()
-        self.lock = threading.Lock()
-        self.scratch = _Memory()
-        self.stream = _cuda("cudaStreamCreate")
+        super().__init__()
         self.logger = trt.Logger(trt.Logger.ERROR)
         self.runtime = trt.Runtime(self.logger)
         self.timing = b""
@@ -96,12 +52,14 @@ class _Device:
 class TensorRtSession:
     """One plan with its execution context and its buffers."""
 
-    def __init__(self, device: _Device, plan: bytes, graph: str) -> None:
-        trt = _trt()
-        self._device, self._plan, self._graph = device, plan, graph
+    def __init__(self, device: _Device, plan: bytes, graph: str, prepare: Callable[[Any], bool]) -> None:
+        import tensorrt as trt
+
+        self.device, self._plan, self._graph = device, plan, graph
         engine = device.runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise EngineError(f"tensorrt could not read the plan of {graph}; build again")
+        self._streamed = prepare(engine)
         self._engine = engine
         self._context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if self._context is None:
@@ -112,41 +70,47 @@ class TensorRtSession:
             name = engine.get_tensor_name(i)
             kind = np.dtype(trt.nptype(engine.get_tensor_dtype(name)))
             (self._inputs if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT else self._outputs)[name] = kind
-        self._buffers = {name: _Memory() for name in [*self._inputs, *self._outputs]}
 
-    def run(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[np.float32]]:
+    def run(self, feeds: Values) -> list[Any]:
+        if self._context is None:
+            raise closed()
         if feeds.keys() != self._inputs.keys():  # a missing one would keep what the last run was given
             raise EngineError(f"expected the inputs {sorted(self._inputs)}; found {sorted(feeds)}")
-        with self._device.lock:
-            return self._run(feeds)
+        with self.device.lock:
+            outputs = self._run({name: self._held(feeds[name], kind) for name, kind in self._inputs.items()})
+            stay = any(isinstance(value, DeviceArray) for value in feeds.values())
+            return outputs if stay else list(self.device.fetch(outputs))
 
-    def _run(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[np.float32]]:
-        context, stream, kinds = self._context, self._device.stream, _cudart().cudaMemcpyKind
-        held = {name: np.ascontiguousarray(feeds[name], dtype=kind) for name, kind in self._inputs.items()}
-        for name, array in held.items():
-            if not context.set_input_shape(name, tuple(array.shape)):
-                shapes = {name: value.shape for name, value in feeds.items()}
+    def _held(self, value: Value, kind: np.dtype[Any]) -> DeviceArray:
+        if not isinstance(value, DeviceArray):
+            return self.device.put(np.asarray(value, dtype=kind))
+        if value.dtype != kind:
+            raise EngineError(f"expected {kind} for an input of {self._graph}; found {value.dtype} on the device")
+        return value
+
+    def _run(self, inputs: dict[str, DeviceArray]) -> list[DeviceArray]:
+        """Put one run on the stream. Nothing here waits for the device, and a run like the last one allocates nothing."""
+        context, device = self._context, self.device
+        if device.capturing and self._streamed:
+            raise NotCapturedError(f"weights of {self._graph} are streamed to the device")
+        for name, value in inputs.items():
+            if not context.set_input_shape(name, tuple(value.shape)):
+                shapes = {name: value.shape for name, value in inputs.items()}
                 raise EngineError(
                     f"tensorrt could not run inputs {shapes} on {self._graph}: {name} is outside what it was built for; build "
                     "again with --batch"
                 )
-            address = self._buffers[name].reserve(max(array.nbytes, 1))
-            self._bind(name, address)
-            _cuda("cudaMemcpyAsync", address, array.ctypes.data, array.nbytes, kinds.cudaMemcpyHostToDevice, stream)
+            self._bind(name, value.buffer.address)
         if missing := context.infer_shapes():
             raise EngineError(f"tensorrt does not know the shapes of {', '.join(missing)} of {self._graph}")
-        found = {name: np.empty(tuple(context.get_tensor_shape(name)), kind) for name, kind in self._outputs.items()}
+        found = {name: device.empty(tuple(context.get_tensor_shape(name)), kind) for name, kind in self._outputs.items()}
         for name, array in found.items():
-            self._bind(name, self._buffers[name].reserve(max(array.nbytes, 1)))
+            self._bind(name, array.buffer.address)
         size = int(self._engine.device_memory_size_v2)
         if size:
-            context.set_device_memory(self._device.scratch.reserve(size), size)
-        if not context.execute_async_v3(int(stream)):
+            context.set_device_memory(device.scratch_of(size), size)
+        if not context.execute_async_v3(int(device.stream)):
             raise EngineError(f"tensorrt could not run {self._graph}")
-        for name, array in found.items():
-            source = self._buffers[name].address
-            _cuda("cudaMemcpyAsync", array.ctypes.data, source, array.nbytes, kinds.cudaMemcpyDeviceToHost, stream)
-        _cuda("cudaStreamSynchronize", stream)
         return list(found.values())
 
     def _bind(self, name: str, address: int) -> None:
@@ -156,86 +120,160 @@ class TensorRtSession:
     def save(self, directory: Path, graph: str) -> None:
         stem = PurePosixPath(graph).stem
         (directory / f"{stem}.plan").write_bytes(self._plan)
-        inspector = self._engine.create_engine_inspector()
-        layers = inspector.get_engine_information(_trt().LayerInformationFormat.JSON)
-        (directory / f"{stem}.layers.json").write_text(layers, encoding="utf-8")
+        (directory / f"{stem}.layers.json").write_text(self._inspect(), encoding="utf-8")
+
+    def close(self) -> None:
+        self._context = self._engine = None
+
+    def _inspect(self) -> str:
+        """The layers of the plan, in JSON."""
+        import tensorrt as trt
+
+        found: str = self._engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+        return found
+
+
+class TensorRtProfiledSession(TensorRtSession):
+    """A session whose context tells the times of its layers after every run."""
+
+    def __init__(self, device: _Device, plan: bytes, graph: str, prepare: Callable[[Any], bool]) -> None:
+        super().__init__(device, plan, graph, prepare)
+        kinds = _kinds(self._inspect())
+        self._profiler = _profiler(kinds)
+        self._context.profiler = self._profiler
+
+    def _run(self, inputs: dict[str, DeviceArray]) -> list[DeviceArray]:
+        if self.device.capturing:  # a captured graph is launched as a whole
+            raise NotCapturedError(f"the layers of {self._graph} are timed one by one")
+        return super()._run(inputs)
+
+    def layers(self) -> list[Layer]:
+        return list(self._profiler.found.values())
+
+
+def _kinds(inspected: str) -> dict[str, str]:
+    """Layer -> kind, as the inspector of a plan built with detailed verbosity tells."""
+    layers = [layer for layer in json.loads(inspected)["Layers"] if isinstance(layer, dict)]
+    return {layer["Name"]: layer.get("LayerType", "unknown") for layer in layers}
+
+
+def _profiler(kinds: Mapping[str, str]) -> Any:
+    import tensorrt as trt
+
+    class Profiler(trt.IProfiler):
+        def __init__(self) -> None:
+            trt.IProfiler.__init__(self)
+            self.found: dict[str, Layer] = {}
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            self.found.setdefault(layer_name, Layer(layer_name, kinds.get(layer_name, "unknown"))).times.append(ms)
+
+    return Profiler()
+
+
+def _fill(engine: tensorrt.ICudaEngine, logger: tensorrt.Logger, source: Path, graph: str) -> None:
+    """Put the weights of the graph that a plan was built from into the plan. Others would be undefined; the key sees to it."""
+    import tensorrt as trt
+
+    refitter = trt.Refitter(engine, logger)
+    parser = trt.OnnxParserRefitter(refitter, logger)
+    if not parser.refit_from_file(str(source)):
+        raise EngineError(f"tensorrt could not put the weights into {graph}: {errors_of(parser)}; build with strip=off")
+    if missing := refitter.get_missing_weights():
+        raise EngineError(f"tensorrt found no weights for {', '.join(missing)} in {graph}; build with strip=off")
+    if not refitter.refit_cuda_engine():
+        raise EngineError(f"tensorrt did not take the weights of {graph}; build with strip=off")
+
+
+def _stream(engine: tensorrt.ICudaEngine, budget: int | None, graph: str) -> None:
+    """Set how many bytes of weights stay on the device: all that fit by TensorRT's own reckoning, or a budget in MiB."""
+    most = engine.streamable_weights_size
+    size = engine.get_weight_streaming_automatic_budget() if budget is None else min(budget * MIB, most)
+    engine.weight_streaming_budget_v2 = size
+    if engine.weight_streaming_budget_v2 != size:
+        raise EngineError(f"tensorrt did not take {size} of {most} bytes as the budget of the weights of {graph}")
 
 
 class TensorRtBackend:
     name = "tensorrt"
     extra = "tensorrt"
     precisions = ("fp32",)
+    engine_options = OPTIONS
 
     def __init__(self) -> None:
-        self._shared: _Device | None = None
+        self._shared: Callable[[], _Device | None] = lambda: None
 
     def version(self) -> str:
-        trt = _trt()
-        return str(getattr(trt, "__version__", None) or metadata.version("tensorrt-cu13"))
+        return str(getattr(package(), "__version__", None) or metadata.version("tensorrt-cu13"))
 
     def devices(self) -> list[str]:
         try:
-            return ["cuda"] if _cuda("cudaGetDeviceCount") else []
+            return ["cuda"] if cuda("cudaGetDeviceCount") else []
         except EngineError:  # no driver, no device
             return []
 
-    def machine(self, device: str) -> str:
-        properties = _cuda("cudaGetDeviceProperties", 0)
+    def machine(self, device: str, options: Mapping[str, Any]) -> str:
+        level = of(OPTIONS, options)["hardware_compatibility"]
+        properties = cuda("cudaGetDeviceProperties", 0)
         name = properties.name.decode() if isinstance(properties.name, bytes) else properties.name
-        return f"{platform.machine()}, {name}, compute capability {properties.major}.{properties.minor}"
+        capability = f"compute capability {properties.major}.{properties.minor}"
+        if level == "ampere_plus" and properties.major >= AMPERE:
+            return f"{platform.machine()}, compute capability {AMPERE}.0 or later"
+        return f"{platform.machine()}, {capability}" if level != "none" else f"{platform.machine()}, {name}, {capability}"
 
-    def open(self, bundle: Bundle, graph: str, device: str, options: Mapping[str, Any], built: Path | None = None) -> Session:
-        _trt()
+    def open(
+        self,
+        bundle: Bundle,
+        graph: str,
+        device: str,
+        options: Mapping[str, Any],
+        built: Path | None = None,
+        report: Reporter | None = None,
+    ) -> Session:
+        return TensorRtSession(*self._plan(bundle, graph, device, options, built, report))
+
+    def profile(
+        self, bundle: Bundle, graph: str, device: str, options: Mapping[str, Any], batch: int, built: Path | None = None
+    ) -> ProfiledSession:
+        return TensorRtProfiledSession(*self._plan(bundle, graph, device, options, built, None))
+
+    def _plan(
+        self,
+        bundle: Bundle,
+        graph: str,
+        device: str,
+        options: Mapping[str, Any],
+        built: Path | None,
+        report: Reporter | None,
+    ) -> tuple[_Device, bytes, str, Callable[[Any], bool]]:
+        """What makes a session: the stored plan or a new one, and what its engine wants before its first context.
+
+        That tells whether weights are streamed to the device.
+        """
+        package()
         if device not in self.devices():
             raise EngineError(f"expected a device out of {', '.join(self.devices()) or 'none'} for tensorrt; found {device!r}")
-        if self._shared is None:
-            self._shared = _Device()
+        shared, source, own = self._device(), bundle.file(graph), of(OPTIONS, options)
         path = None if built is None else built / f"{PurePosixPath(graph).stem}.plan"
-        if path is not None and path.is_file():
-            return TensorRtSession(self._shared, path.read_bytes(), graph)
-        return TensorRtSession(self._shared, self._build(self._shared, bundle, graph, options), graph)
+        stored = path is not None and path.is_file()
+        plan = path.read_bytes() if path and stored else build_plan(shared, source, graph, options, report)
 
-    def profile(self, bundle: Bundle, graph: str, device: str, options: Mapping[str, Any], batch: int) -> ProfiledSession:
-        raise EngineError(
-            "tensorrt does not tell the times of its layers here yet; use trtexec --dumpProfile on the built plan"
-        )
+        def prepare(engine: tensorrt.ICudaEngine) -> bool:
+            if own["strip"] == "on":
+                _fill(engine, shared.logger, source, graph)
+            if own["weight_streaming"] == "on":
+                _stream(engine, own["weight_streaming_budget"], graph)
+            return bool(own["weight_streaming"] == "on" and engine.weight_streaming_budget_v2 < engine.streamable_weights_size)
 
-    @staticmethod
-    def _build(device: _Device, bundle: Bundle, graph: str, options: Mapping[str, Any]) -> bytes:
-        """Parse one graph and build its plan."""
-        trt = _trt()
-        builder = trt.Builder(device.logger)
-        network = builder.create_network(0)
-        parser = trt.OnnxParser(network, device.logger)
-        if not parser.parse_from_file(str(bundle.file(graph))):
-            errors = [parser.get_error(i) for i in range(parser.num_errors)]
-            found = "; ".join(f"{error.node_operator()} {error.node_name()}: {error.desc()}" for error in errors)
-            raise EngineError(f"tensorrt could not parse {graph}: {found}; export again or report it")
-        config = builder.create_builder_config()
-        config.clear_flag(trt.BuilderFlag.TF32)  # fp32 means fp32
-        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-        timing = config.create_timing_cache(device.timing)  # the step graphs of a plan are the same layers
-        if not config.set_timing_cache(timing, False):
-            raise EngineError(f"tensorrt did not take its own timing cache for {graph}")
-        profile = builder.create_optimization_profile()
-        sizes = options.get("batch") or DEFAULT_BATCH
-        for i in range(network.num_inputs):
-            tensor = network.get_input(i)
-            shape = tuple(tensor.shape)
-            if -1 in shape[1:]:
-                raise EngineError(
-                    f"expected one height and width for tensorrt; {graph} leaves them open; export again with --dynamic batch"
-                )
-            if -1 in shape:
-                least, usual, most = ROWS if tensor.name == "table" else (min(sizes), max(sizes), max(sizes))
-                fill = [tuple(count if size == -1 else size for size in shape) for count in (least, usual, most)]
-                profile.set_shape(tensor.name, fill[0], fill[1], fill[2])
-        config.add_optimization_profile(profile)
-        plan = builder.build_serialized_network(network, config)
-        if plan is None:
-            raise EngineError(f"tensorrt could not build {graph}: no implementation was found, or the memory was not enough")
-        device.timing = bytes(config.get_timing_cache().serialize())
-        return bytes(plan)
+        return shared, plan, graph, prepare
+
+    def _device(self) -> _Device:
+        """The device that all open sessions share; it goes with the last of them."""
+        device = self._shared()
+        if device is None:
+            device = _Device()
+            self._shared = weakref.ref(device)
+        return device
 
 
 BACKEND = TensorRtBackend()

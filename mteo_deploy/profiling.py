@@ -17,20 +17,22 @@ from mteo_deploy.progress import reporter
 from mteo_deploy.sampler import Sampler, noise_for
 
 GROUPS = {
-    "convolution": "Conv FusedConv NhwcFusedConv ConvTranspose Convolution GroupConvolution Deconvolution",
-    "matrix product": "MatMul Gemm FusedMatMul FusedGemm FullyConnected",
+    "convolution": "Conv FusedConv NhwcFusedConv ConvTranspose Convolution GroupConvolution Deconvolution "
+    "CaskConvolution CaskDeconvolution CaskGemmConvolution",
+    "matrix product": "MatMul Gemm FusedMatMul FusedGemm FullyConnected MatrixMultiply gemm",
     "attention": "Attention MultiHeadAttention Softmax ScaledDotProductAttention MHA",
     "norm": "InstanceNormalization GroupNorm GroupNormalization LayerNormalization SkipLayerNormalization RMSNormalization "
-    "SimplifiedLayerNormalization ReduceMean MVN RMS RMSNorm",
+    "SimplifiedLayerNormalization ReduceMean MVN RMS RMSNorm Normalization",
     "activation": "Sigmoid QuickGelu Gelu FastGelu BiasGelu Silu Swish Erf Tanh Relu Elu",
     "arithmetic": "Add Sub Subtract Mul Multiply Div Divide Pow Power Sqrt Neg Exp Sin Cos Sum MulAdd "
-    "PowerStatic Eltwise Subgraph Math",
+    "PowerStatic Eltwise Subgraph Math ElementWise PointWiseV2",
     "layout and shape": "Reshape Transpose Concat Slice StridedSlice Gather Shape ShapeOf Expand Broadcast Squeeze Unsqueeze "
     "Split Cast Convert Identity Reorder ReorderInput ReorderOutput Tile Flatten ConstantOfShape Range Input Output Parameter "
-    "Result Pad",
+    "Result Pad Reformat Shuffle NoOp Constant",
     "resize": "Resize Upsample Interpolate",
 }
-"""What a layer does -> the engines' names for such layers. A fused layer counts for what the engine calls it."""
+"""What a layer does -> the engines' names for such layers. A fused layer counts for what the engine calls it;
+kernels that TensorRT made for many nodes (``kgen``) are none of these."""
 
 _GROUP_OF = {kind: group for group, kinds in GROUPS.items() for kind in kinds.split()}
 
@@ -141,7 +143,7 @@ def profile(
     sessions: dict[str, ProfiledSession] = {}
 
     def open_graph(graph: str) -> Session:
-        sessions[graph] = built.backend.profile(bundle, graph, built.device, built.options, batch)
+        sessions[graph] = built.backend.profile(bundle, graph, built.device, built.options, batch, built.directory)
         return sessions[graph]
 
     sampler = Sampler(bundle, open_graph, realisation or built.record["realisation"], None, built)

@@ -16,7 +16,9 @@ class Reporter(Protocol):
     def advance(self, task: int, count: int = 1, note: str = "") -> None: ...
 
 
-class _Silent:
+class Silent:
+    """Reports to nobody."""
+
     def task(self, description: str, total: int, done: int = 0) -> int:
         return 0
 
@@ -28,7 +30,7 @@ class _Silent:
 def reporter(quiet: bool = False) -> Iterator[Reporter]:
     """A reporter with rich progress bars, or a silent one."""
     if quiet or not sys.stderr.isatty():
-        yield _Silent()
+        yield Silent()
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn

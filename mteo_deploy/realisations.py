@@ -11,31 +11,29 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mteo_deploy.bundle import Bundle
 from mteo_deploy.engines.base import OpenGraph
+from mteo_deploy.engines.device import Value, Values, device_of
 from mteo_deploy.errors import EngineError
-from mteo_deploy.requests import Arrays
 
-Array = NDArray[np.float32]
 PREFIX = "history_"
 
 
 class Loop(Protocol):
-    """A realisation opened in an engine. States are ``[batch, ...]``, at unit variance."""
+    """A realisation opened in an engine. States are ``[batch, ...]``, at unit variance, and stay where the first one lies."""
 
     name: str
 
-    def states(self, state: Array, request: Arrays) -> list[Array]:
+    def states(self, state: Value, request: Values) -> list[Value]:
         """The state after each evaluation, from the first state; the last one is the image.
 
         Args:
             request: request inputs and the prelude's outputs, by name.
         """
 
-    def calls(self, state: Array, request: Arrays) -> None:
-        """The engine calls of one loop and nothing else, all on the same state: what the loop costs at least."""
+    def calls(self, state: Value, request: Values) -> Value:
+        """The engine calls of one loop and nothing else, all on the same state: what the loop costs at least; the last's."""
 
 
 class Stepwise:
@@ -46,12 +44,12 @@ class Stepwise:
     def __init__(self, evaluations: int, history: int) -> None:
         self.evaluations, self.history = evaluations, history
 
-    def step(self, index: int, state: Array, history: Sequence[Array], request: Arrays) -> tuple[Array, Array | None]:
+    def step(self, index: int, state: Value, history: Sequence[Value], request: Values) -> tuple[Value, Value | None]:
         """Evaluation ``index``: ``(next state, kept quantity or None)``; ``history`` is newest first."""
         raise NotImplementedError
 
-    def states(self, state: Array, request: Arrays) -> list[Array]:
-        history: list[Array] = []
+    def states(self, state: Value, request: Values) -> list[Value]:
+        history: list[Value] = []
         states = []
         for i in range(self.evaluations):
             state, kept = self.step(i, state, history, request)
@@ -61,10 +59,24 @@ class Stepwise:
             states.append(state)
         return states
 
-    def calls(self, state: Array, request: Arrays) -> None:
+    def calls(self, state: Value, request: Values) -> Value:
         history = [state] * self.history
-        for i in range(self.evaluations):
-            self.step(i, state, history, request)
+        return [self.step(i, state, history, request)[0] for i in range(self.evaluations)][-1]
+
+
+class Prelude:
+    """What runs once per request; nothing, in a bundle whose compiler hoisted nothing."""
+
+    def __init__(self, bundle: Bundle, open_graph: OpenGraph) -> None:
+        self._entry: dict[str, Any] = bundle.manifest.get("prelude") or {}
+        self._session = open_graph(self._entry["graph"]) if self._entry else None
+
+    def __call__(self, requests: Values) -> dict[str, Value]:
+        """Request inputs and what depends on them alone, by name."""
+        if self._session is None:
+            return dict(requests)
+        outputs = self._session.run({name: requests[name] for name in self._entry["inputs"]})
+        return {**requests, **dict(zip(self._entry["outputs"], outputs, strict=True))}
 
 
 class Baked(Stepwise):
@@ -79,8 +91,8 @@ class Baked(Stepwise):
         self._lags = [_lags(entry) for entry in entries]
         self._sources = [_sources(bundle, entry, entry.get("requests", {})) for entry in entries]
 
-    def step(self, index: int, state: Array, history: Sequence[Array], request: Arrays) -> tuple[Array, Array | None]:
-        feeds: dict[str, NDArray[Any]] = {"state": state}
+    def step(self, index: int, state: Value, history: Sequence[Value], request: Values) -> tuple[Value, Value | None]:
+        feeds: dict[str, Value] = {"state": state}
         feeds |= {name: history[lag - 1] for name, lag in self._lags[index].items()}
         feeds |= {name: request[source] for name, source in self._sources[index].items()}
         next_state, *kept = self.sessions[index].run(feeds)
@@ -107,19 +119,20 @@ class Table(Stepwise):
                 f"expected a bundle with the table graph of {bundle.path}; {other.path} has "
                 f"{'another one (backbone, or a solver that keeps more)' if theirs else 'none'}; export and build it on its own"
             )
-        self._table = other.table()
-        super().__init__(len(self._table), other.plan.history)
+        table = other.table()
+        super().__init__(len(table), other.plan.history)
         self._session = open_graph(entry["graph"])
         self._lags = _lags(entry)
-        self._rows = [np.array(i, dtype=np.int64) for i in range(self.evaluations)]
+        put = device_of(self._session).put
+        self._table, self._rows = put(table), [put(np.array(i, dtype=np.int64)) for i in range(self.evaluations)]
         self._names = [name for name in entry["inputs"] if name in ("evaluation", "table")]
         requests = theirs.get("requests", [])
         self._sources = [_sources(bundle, entry, requests[i] if requests else {}) for i in range(self.evaluations)]
 
-    def step(self, index: int, state: Array, history: Sequence[Array], request: Arrays) -> tuple[Array, Array | None]:
-        feeds: dict[str, NDArray[Any]] = {"state": state}
+    def step(self, index: int, state: Value, history: Sequence[Value], request: Values) -> tuple[Value, Value | None]:
+        feeds: dict[str, Value] = {"state": state}
         for name, lag in self._lags.items():  # a factor of zero meets what is not there yet
-            feeds[name] = history[lag - 1] if lag <= len(history) else np.zeros_like(state)
+            feeds[name] = history[lag - 1] if lag <= len(history) else state
         feeds |= {name: request[source] for name, source in self._sources[index].items()}
         if self._names:
             feeds |= {"evaluation": self._rows[index], "table": self._table}
@@ -137,11 +150,11 @@ class Fused:
         self._session = open_graph(entry["graph"])
         self._requests = [name for name in entry["inputs"] if name != "state"]
 
-    def states(self, state: Array, request: Arrays) -> list[Array]:
+    def states(self, state: Value, request: Values) -> list[Value]:
         return self._session.run({"state": state, **{name: request[name] for name in self._requests}})
 
-    def calls(self, state: Array, request: Arrays) -> None:
-        self.states(state, request)
+    def calls(self, state: Value, request: Values) -> Value:
+        return self.states(state, request)[-1]
 
 
 def _lags(entry: dict[str, Any]) -> dict[str, int]:

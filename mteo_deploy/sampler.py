@@ -7,8 +7,10 @@ it was made with.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +18,10 @@ from numpy.typing import NDArray
 from mteo_deploy.bundle import Bundle
 from mteo_deploy.engines.base import OpenGraph, Session
 from mteo_deploy.engines.batches import BatchSizes
+from mteo_deploy.engines.device import Device, Value, Values, device_of
 from mteo_deploy.errors import EngineError, InputError
 from mteo_deploy.plan import Plan, run
-from mteo_deploy.realisations import Stepwise, open_loop
+from mteo_deploy.realisations import Loop, Prelude, Stepwise, open_loop
 from mteo_deploy.requests import Arrays, take_all
 
 if TYPE_CHECKING:
@@ -41,11 +44,33 @@ def noise_for(shape: tuple[int, ...], seed: int, indices: Sequence[int]) -> Arra
     return np.stack(rows)
 
 
-class Sampler:
-    """A bundle opened in one engine.
+def _states(prelude: Prelude, loop: Loop, feeds: Values) -> list[Value]:
+    """One sampling, from the first state and the request inputs: the state after each evaluation."""
+    requests = {name: value for name, value in feeds.items() if name != "state"}
+    return loop.states(feeds["state"], prelude(requests))
 
-    >>> sampler = Sampler.load("bundle")        # doctest: +SKIP
-    >>> images = sampler(num=4, seed=0)         # float32 [4, channels, height, width], nominally in [-1, 1]
+
+def _image(prelude: Prelude, loop: Loop, feeds: Values) -> list[Value]:
+    return _states(prelude, loop, feeds)[-1:]
+
+
+class _Opened(NamedTuple):
+    """What a sampler holds until it is closed."""
+
+    loop: Loop
+    prelude: Prelude
+    device: Device
+    states: Callable[[Arrays], list[Array]]
+    image: Callable[[Arrays], list[Array]]
+    open_graph: OpenGraph
+    sessions: list[Session]
+
+
+class Sampler:
+    """A bundle opened in one engine. It holds the engine's sessions until it is closed, or nobody refers to it any more.
+
+    >>> with Sampler.load("bundle") as sampler:     # doctest: +SKIP
+    ...     images = sampler(num=4, seed=0)         # float32 [4, channels, height, width], nominally in [-1, 1]
     """
 
     def __init__(
@@ -59,18 +84,53 @@ class Sampler:
         self.bundle, self.built = bundle, built
         self.plan = (tables or bundle).plan
         self._arguments = (bundle, open_graph, realisation, tables, built)
-        batch = bundle.manifest["batch"]
-        if batch != "dynamic":
-            fixed = open_graph
+        batch, sessions = bundle.manifest["batch"], list[Session]()
 
-            def open_graph(graph: str) -> Session:
-                return BatchSizes({batch: fixed(graph)})
+        def opened(graph: str) -> Session:
+            session = open_graph(graph)
+            sessions.append(session if batch == "dynamic" else BatchSizes({batch: session}))
+            return sessions[-1]
 
-        self.open_graph = open_graph
-        self.loop = open_loop(realisation, bundle, open_graph, tables)
-        prelude = bundle.manifest.get("prelude")
-        self._prelude = open_graph(prelude["graph"]) if prelude else None
         self._conditioned: Session | None = None
+        loop, prelude = open_loop(realisation, bundle, opened, tables), Prelude(bundle, opened)
+        device = device_of(sessions[0])
+        states, image = (device.record(partial(function, prelude, loop)) for function in (_states, _image))
+        self._opened: _Opened | None = _Opened(loop, prelude, device, states, image, opened, sessions)
+
+    def __enter__(self) -> Sampler:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the engine's sessions and what they hold; closing it again does nothing."""
+        opened, self._opened, self._conditioned = self._opened, None, None
+        while opened and opened.sessions:
+            opened.sessions.pop().close()
+
+    @property
+    def _now(self) -> _Opened:
+        if self._opened is None:
+            raise EngineError(
+                f"expected an open sampler; found one that was closed; run: Sampler.load({str(self.bundle.path)!r})"
+            )
+        return self._opened
+
+    @property
+    def open_graph(self) -> OpenGraph:
+        """Opens a graph of the bundle as its own ones; the session is closed with the sampler."""
+        return self._now.open_graph
+
+    @property
+    def loop(self) -> Loop:
+        """The realisation."""
+        return self._now.loop
+
+    @property
+    def device(self) -> Device:
+        """Where the arrays of its sessions lie."""
+        return self._now.device
 
     @classmethod
     def load(
@@ -122,19 +182,26 @@ class Sampler:
         return Plan.from_json(self.bundle.manifest["reference"]["plan"])
 
     def states(self, noise: Array, requests: Arrays | None = None) -> list[Array]:
-        """Run the loop from standard normal noise: the state after each evaluation; the last one is the image."""
-        return self.loop.states(noise * np.float32(self.plan.initial_scale), self.prepare(requests or {}))
+        """Run the loop from standard normal noise: the state after each evaluation; the last one is the image.
 
-    def prepare(self, requests: Arrays) -> dict[str, NDArray[Any]]:
-        """Run the prelude: request inputs and what depends on them alone, by name. Once per request, for all evaluations."""
-        if self._prelude is None:
-            return dict(requests)
-        entry = self.bundle.manifest["prelude"]
-        outputs = self._prelude.run({name: requests[name] for name in entry["inputs"]})
-        return {**requests, **dict(zip(entry["outputs"], outputs, strict=True))}
+        Raises:
+            EngineError: for a sampler that was closed.
+        """
+        return self._now.states(self._feeds(noise, requests))
+
+    def image(self, noise: Array, requests: Arrays | None = None) -> Array:
+        """Run the loop from standard normal noise: the last of :meth:`states`, which alone leaves the device."""
+        return self._now.image(self._feeds(noise, requests))[0]
+
+    def _feeds(self, noise: Array, requests: Arrays | None) -> dict[str, NDArray[Any]]:
+        return {"state": noise * np.float32(self.plan.initial_scale), **(requests or {})}
+
+    def prepare(self, requests: Arrays) -> dict[str, Value]:
+        """Run the prelude: request inputs and what depends on them alone, by name, on the device. Once per request."""
+        return self._now.prelude({name: self.device.put(values) for name, values in requests.items()})
 
     def step(
-        self, index: int, state: Array, history: Sequence[Array], request: Arrays | None = None
+        self, index: int, state: Value, history: Sequence[Value], request: Values | None = None
     ) -> tuple[Array, Array | None]:
         """Evaluation ``index`` alone: ``(next state, kept quantity or None)``; ``history`` is newest first.
 
@@ -142,11 +209,12 @@ class Sampler:
             request: what :meth:`prepare` made.
 
         Raises:
-            EngineError: in the realisation ``fused``, which has no single evaluations.
+            EngineError: in the realisation ``fused``, which has no single evaluations; for a sampler that was closed.
         """
         if not isinstance(self.loop, Stepwise):
             raise EngineError("expected a realisation with single evaluations; fused has none; use baked or table")
-        return self.loop.step(index, state, history, request or {})
+        next_state, kept = self.loop.step(index, state, history, request or {})
+        return np.asarray(next_state), None if kept is None else np.asarray(kept)
 
     def __call__(
         self,
@@ -171,8 +239,9 @@ class Sampler:
 
         Raises:
             InputError: for a count, seed, batch, size or request input out of range.
+            EngineError: for a sampler that was closed.
         """
-        return self._batches(num, seed, batch, lambda noise, given: self.states(noise, given)[-1], progress, requests, size)
+        return self._batches(num, seed, batch, self.image, progress, requests, size)
 
     def conditioned(
         self,
@@ -196,7 +265,7 @@ class Sampler:
 
         def network(i: int, state: Array) -> Array:
             timestep = np.array([plan.evaluations[i].timestep], dtype=np.float32)
-            return session.run({"state": state, "timestep": timestep, **given})[0]
+            return np.asarray(session.run({"state": state, "timestep": timestep, **given})[0])
 
         return run(plan, noise, network)
 

@@ -30,23 +30,23 @@ def measure(sampler: Sampler, batch: int, seconds: float) -> dict[str, Any]:
     """
     plan = sampler.plan
     noise = noise_for(sampler.bundle.sample_shape, 0, range(batch))
-    state = noise * np.float32(plan.initial_scale)
-    session, given = sampler.conditioned_session, sampler.bundle.reference_requests(batch)
-    request = sampler.prepare(given)
-    timesteps = [np.array([e.timestep], dtype=np.float32) for e in plan.evaluations]
+    put, session, given = sampler.device.put, sampler.conditioned_session, sampler.bundle.reference_requests(batch)
+    state, request = put(noise * np.float32(plan.initial_scale)), sampler.prepare(given)
+    timesteps = [put(np.array([e.timestep], dtype=np.float32)) for e in plan.evaluations]
+    requests = {name: put(values) for name, values in given.items()}
 
     def calls() -> None:
-        sampler.loop.calls(state, request)
+        np.asarray(sampler.loop.calls(state, request))  # waits for a device to finish
 
     def conditioned() -> None:
-        for timestep in timesteps:
-            session.run({"state": state, "timestep": timestep, **given})
+        outputs = [session.run({"state": state, "timestep": timestep, **requests})[0] for timestep in timesteps]
+        np.asarray(outputs[-1])
 
     step = latency.compare(calls, conditioned, seconds=seconds / 3)
     sample = latency.compare(
-        lambda: sampler.states(noise, given), lambda: sampler.conditioned_states(plan, noise, given), seconds=seconds / 3
+        lambda: sampler.image(noise, given), lambda: sampler.conditioned_states(plan, noise, given), seconds=seconds / 3
     )
-    loop = latency.compare(lambda: sampler.states(noise, given), calls, seconds=seconds / 3)
+    loop = latency.compare(lambda: sampler.image(noise, given), calls, seconds=seconds / 3)
     found = {"step": step, "sample": sample, "loop": loop}
     doubts = [f"{name}: {doubt}" for name, one in found.items() for doubt in one.doubts]
     return {
@@ -69,6 +69,8 @@ def environment(sampler: Sampler) -> dict[str, str]:
         parts = sampler.built.record["parts"]
         found |= {"engine": f"{parts['engine']} {parts['engine_version']}", "machine": parts["machine"]}
         found["options"] = ", ".join(f"{name} {value}" for name, value in parts["options"].items())
+    if sampler.device.notes:
+        found["notes"] = "; ".join(sampler.device.notes)
     return found
 
 
@@ -129,5 +131,5 @@ def verify(
             measured = measure(sampler, batch, seconds)
             report.advance(task, 1, "latency")
     checks += budgets.checks(numerics.image_error(sampler) if budgets.max_error is not None else 0.0, measured)
-    found = replace(found, checks=checks, latency=measured)
+    found = replace(found, checks=checks, latency=measured, environment=environment(sampler))
     return found if older is None else replace(found, checks=checks + against(older, found))

@@ -210,3 +210,12 @@ def test_output_that_cannot_be_written(tiny_bundle: Path, tmp_path: Path) -> Non
     (tmp_path / "file").write_text("")
     message = refused("sample", tiny_bundle, "--num", 1, "-o", tmp_path / "file" / "grid.png")
     assert str(tmp_path / "file") in message
+
+
+def test_options_of_engines(bundle_copy: Path) -> None:
+    build = ("build", bundle_copy, "--engine", "onnxruntime", "--realisation", "baked", "--threads", 1)
+    found = call(*build, "--option", "spinning=off", "--option", "prepacking=off").stdout
+    assert "did not fit: spinning changed not given -> off; prepacking changed not given -> off\n" in found
+    assert "did not fit" not in call(*build, "--option", "prepacking=off", "--option", "spinning=off").stdout
+    assert "--option NAME=VALUE; found 'spinning'" in refused(*build, "--option", "spinning")
+    assert "--option spinning=off or run or always [default: run]" in call("doctor").stdout

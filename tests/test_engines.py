@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 from helpers import altered, edit_json
 
 from mteo_deploy.bundle import MANIFEST, Bundle
 from mteo_deploy.engines import BACKENDS, cache
 from mteo_deploy.engines.build import build
-from mteo_deploy.engines.onnxruntime import BACKEND, PROVIDERS
+from mteo_deploy.engines.onnxruntime import BACKEND
 from mteo_deploy.errors import BundleError, EngineError, InputError, MissingPackageError
 from mteo_deploy.sampler import Sampler
 
@@ -168,15 +167,6 @@ def test_no_device(bundle_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(BACKEND), "devices", lambda self: [])
     with pytest.raises(EngineError, match="expected a device that onnxruntime can use; found none here"):
         build(bundle_copy, engine="onnxruntime", quiet=True)
-
-
-def test_no_silent_fallback_to_another_device(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Asked for a provider that is not there, onnxruntime takes the CPU and only warns."""
-    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-        pytest.skip("this onnxruntime has CUDA")
-    monkeypatch.setitem(PROVIDERS, "cuda", "CUDAExecutionProvider")
-    with pytest.warns(UserWarning, match="CUDAExecutionProvider"), pytest.raises(EngineError, match="put it on CPUExecution"):
-        BACKEND.open(Bundle.open(tiny_bundle), "graphs/step_00.onnx", "cuda", {})
 
 
 def test_graph_that_is_none(tiny_bundle: Path, tmp_path: Path) -> None:

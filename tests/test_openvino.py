@@ -61,7 +61,7 @@ def test_states_are_not_overwritten(built: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_precision_is_the_one_asked_for(precision: str, tiny_bundle: Path, tmp_path: Path) -> None:
-    if precision == "bf16" and "BF16" not in BACKEND.machine("cpu"):
+    if precision == "bf16" and "BF16" not in BACKEND.machine("cpu", {}):
         pytest.skip("this processor has no bf16")
     path = altered(tiny_bundle, tmp_path / "bundle")
     directory = build(path, precision=precision, batch=[2], **QUICK)

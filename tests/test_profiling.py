@@ -15,7 +15,6 @@ from mteo_deploy.engines.base import Layer
 from mteo_deploy.engines.build import build
 from mteo_deploy.engines.onnxruntime import OnnxRuntimeProfiledSession
 from mteo_deploy.engines.openvino import OpenVinoProfiledSession
-from mteo_deploy.engines.tensorrt import BACKEND as TENSORRT
 from mteo_deploy.errors import EngineError, InputError
 from mteo_deploy.profiling import GROUPS, LayerCost, Profile, profile
 
@@ -103,10 +102,3 @@ def test_groups_share_no_kind() -> None:
 def test_arguments_out_of_range(arguments: dict[str, int], tiny_bundle: Path) -> None:
     with pytest.raises(InputError, match="found"):
         profile(tiny_bundle, quiet=True, **arguments)  # type: ignore[arg-type]
-
-
-def test_engine_that_does_not_tell(tiny_bundle: Path) -> None:
-    from mteo_deploy.bundle import Bundle
-
-    with pytest.raises(EngineError, match="trtexec"):
-        TENSORRT.profile(Bundle.open(tiny_bundle), "graphs/table.onnx", "cuda", {}, 1)

@@ -13,11 +13,14 @@ import ctypes
 import functools
 import importlib.util
 import inspect
+import json
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,8 +29,11 @@ import numpy as np
 import pytest
 
 from mteo_deploy.bundle import Bundle
+from mteo_deploy.engines import cuda
 from mteo_deploy.engines import tensorrt as ours
+from mteo_deploy.engines.batches import BatchSizes
 from mteo_deploy.errors import EngineError, MissingPackageError
+from mteo_deploy.sampler import Sampler, noise_for
 
 SYMBOLS = (
     "createInferBuilder_INTERNAL",
@@ -51,10 +57,10 @@ pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not instal
 PACKAGE = Path(next(iter(found.submodule_search_locations)))
 
 
-@pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The extension module of the bindings, over stubs."""
-    directory = tmp_path_factory.mktemp("stubs")
+@functools.cache
+def bindings() -> Any:
+    """The extension module of the bindings, over stubs; a process can load it once."""
+    directory = Path(tempfile.mkdtemp(prefix="stubs-"))
     source = directory / "stub.c"
     source.write_text("\n".join(f"void *{name}(void) {{ return 0; }}" for name in SYMBOLS))
     for library in LIBRARIES:
@@ -65,6 +71,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Any:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    shutil.rmtree(directory)
     return module
 
 
@@ -115,6 +122,7 @@ class StandIn:
         (arguments, _), *_ = overloads(attribute.fset.__doc__.replace("arg0", "self").replace("(self", "f(self", 1))
         assert fits(self.world.real, value, arguments[0][0]), f"{self.cls.__name__}.{name} = {value!r}"
         self.given[name] = value
+        self.world.set[f"{self.cls.__name__}.{name}"] = value
 
 
 class World:
@@ -122,9 +130,12 @@ class World:
 
     def __init__(self, real: Any) -> None:
         self.real, self.calls = real, []  # type: ignore[var-annotated]
+        self.memory = HostMemory()
+        self.set: dict[str, Any] = {}
         self.addresses: dict[str, int] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.refuse: set[str] = set()
+        self.layers: list[dict[str, Any]] = []
         tensors = [("state", real.TensorIOMode.INPUT), ("next_state", real.TensorIOMode.OUTPUT)]
         state = StandIn(self, real.ITensor)
         self.answers: dict[str, Any] = {
@@ -143,8 +154,17 @@ class World:
             "ICudaEngine.get_tensor_name": lambda i: tensors[i][0],
             "ICudaEngine.get_tensor_mode": lambda name: dict(tensors)[name],
             "ICudaEngine.get_tensor_dtype": lambda name: real.DataType.FLOAT,
-            "EngineInspector.get_engine_information": lambda format: '{"Layers": [], "I/O Tensors": []}',
-            "Builder.build_serialized_network": lambda n, c: None if "build" in self.refuse else b"plan",
+            "EngineInspector.get_engine_information": lambda format: json.dumps({"Layers": self.layers, "I/O Tensors": []}),
+            "Builder.build_serialized_network": lambda n, c: None if "build" in self.refuse or not self.phases() else b"plan",
+            "IBuilderConfig.create_timing_cache": self._timing_cache,
+            "IBuilderConfig.set_timing_cache": lambda cache, mismatch: "foreign" not in cache.given,
+            "ICudaEngine.streamable_weights_size": 5 << 20,
+            "ICudaEngine.get_weight_streaming_automatic_budget": lambda: 3 << 20,
+            "OnnxParserRefitter.num_errors": 1,
+            "OnnxParserRefitter.get_error": lambda i: StandIn(self, real.ParserError),
+            "OnnxParserRefitter.refit_from_file": lambda path: "refit" not in self.refuse,
+            "Refitter.get_missing_weights": lambda: ["conv.weight"] if "weights" in self.refuse else [],
+            "Refitter.refit_cuda_engine": lambda: "engine" not in self.refuse,
             "Runtime.deserialize_cuda_engine": lambda p: StandIn(self, real.ICudaEngine) if p == b"plan" else None,
             "ITimingCache.serialize": lambda: b"timing",
             "IExecutionContext.set_input_shape": self._set_shape,
@@ -158,13 +178,34 @@ class World:
         self.shapes[name] = shape
         return shape[0] <= 16
 
+    def _timing_cache(self, stored: bytes) -> StandIn | None:
+        cache = StandIn(self, self.real.ITimingCache)
+        cache.given.update({"foreign": True} if stored == b"foreign" else {})
+        return None if stored == b"damaged" else cache
+
+    def phases(self) -> bool:
+        """What a builder tells the monitor, in a thread of its own; whether it went through."""
+        monitor = self.set["IBuilderConfig.progress_monitor"]
+        monitor.phase_start("Building", None, 2)
+        monitor.phase_start("Timing", "Building", 3)
+        going = all(self.step(monitor, "Timing", i) for i in range(3))
+        monitor.phase_finish("Timing")
+        going = going and self.step(monitor, "Building", 0)
+        monitor.phase_finish("Building")  # before the last step, as TensorRT may
+        return going
+
+    def step(self, monitor: Any, phase: str, index: int) -> bool:
+        return bool(monitor.step_complete(phase, index))
+
     def _execute(self, stream: int) -> bool:
+        for layer in self.layers if "IExecutionContext.profiler" in self.set else []:
+            self.set["IExecutionContext.profiler"].report_layer_time(layer["Name"], layer["ms"])
         count = int(np.prod(self.shapes["state"]))
         source, target = (
             np.ctypeslib.as_array((ctypes.c_float * count).from_address(self.addresses[name]))
             for name in ("state", "next_state")
         )
-        target[:] = 2 * source
+        self.memory.do(lambda: target.__setitem__(slice(None), 2 * source))
         return True
 
     def _takes(self, kinds: list[tuple[str, bool]], args: tuple[Any, ...]) -> bool:
@@ -187,8 +228,10 @@ class World:
     def __getattr__(self, name: str) -> Any:
         if name == "nptype":
             return self.nptype
+        if name == "__version__":
+            return metadata.version("tensorrt-cu13-bindings")
         attribute = getattr(self.real, name)
-        if name not in ("Logger", "Builder", "OnnxParser", "Runtime"):
+        if name not in ("Logger", "Builder", "OnnxParser", "Runtime", "Refitter", "OnnxParserRefitter"):
             return attribute
 
         def make(*args: Any) -> StandIn:
@@ -217,6 +260,13 @@ class HostMemory:
 
         self.real, self.blocks = runtime, {}  # type: ignore[var-annotated]
         self.cudaError_t, self.cudaMemcpyKind = runtime.cudaError_t, runtime.cudaMemcpyKind
+        self.cudaStreamCaptureMode = runtime.cudaStreamCaptureMode
+        self.capture: list[Callable[[], object]] | None = None
+        self.graphs: set[int] = set()
+
+    def do(self, work: Callable[[], object]) -> None:
+        """What is put on the stream: done at once, or captured with the addresses it has now."""
+        work() if self.capture is None else self.capture.append(work)
 
     def __getattr__(self, name: str) -> Any:
         signature = inspect.signature(getattr(self.real, name))
@@ -238,7 +288,9 @@ class HostMemory:
         return self.cudaError_t.cudaSuccess, 7
 
     def cuda_malloc(self, size: int) -> Any:
-        block = (ctypes.c_char * (size + 256))()
+        if self.capture is not None:
+            return self.cudaError_t.cudaErrorStreamCaptureUnsupported, None
+        block = (ctypes.c_char * (size + 256))(*b"\xff" * (size + 256))  # floats that are not numbers
         address = -(-ctypes.addressof(block) // 256) * 256
         self.blocks[address] = block
         return self.cudaError_t.cudaSuccess, address
@@ -250,31 +302,71 @@ class HostMemory:
     def cuda_memcpy_async(self, target: int, source: int, size: int, kind: Any, stream: Any) -> Any:
         to_device = kind == self.cudaMemcpyKind.cudaMemcpyHostToDevice
         assert (target in self.blocks, source in self.blocks, stream) == (to_device, not to_device, 7)
+        assert self.capture is None  # memory of the host may be gone when a graph is launched
         ctypes.memmove(target, source, size)
         return (self.cudaError_t.cudaSuccess,)
 
     def cuda_stream_synchronize(self, stream: Any) -> Any:
+        assert self.capture is None
+        return (self.cudaError_t.cudaSuccess,)
+
+    def cuda_stream_destroy(self, stream: Any) -> Any:
+        return (self.cudaError_t.cudaSuccess,)
+
+    def cuda_stream_begin_capture(self, stream: Any, mode: Any) -> Any:
+        assert (stream, self.capture) == (7, None) and mode == self.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self.capture = []
+        return (self.cudaError_t.cudaSuccess,)
+
+    def cuda_stream_end_capture(self, stream: Any) -> Any:
+        graph, self.capture = self.capture, None
+        return self.cudaError_t.cudaSuccess, graph
+
+    def cuda_graph_destroy(self, graph: Any) -> Any:
+        return (self.cudaError_t.cudaSuccess,)
+
+    def cuda_graph_instantiate(self, graph: Any, flags: int) -> Any:
+        executable = list(graph)
+        self.graphs.add(id(executable))
+        return self.cudaError_t.cudaSuccess, executable
+
+    def cuda_graph_launch(self, executable: Any, stream: Any) -> Any:
+        assert stream == 7 and id(executable) in self.graphs
+        for work in executable:
+            work()
+        return (self.cudaError_t.cudaSuccess,)
+
+    def cuda_graph_exec_destroy(self, executable: Any) -> Any:
+        self.graphs.remove(id(executable))
+        return (self.cudaError_t.cudaSuccess,)
+
+    def cuda_get_last_error(self) -> Any:
         return (self.cudaError_t.cudaSuccess,)
 
 
 @pytest.fixture
-def world(real: Any, monkeypatch: pytest.MonkeyPatch) -> World:
-    world, memory = World(real), HostMemory()
-    monkeypatch.setattr(ours, "_trt", lambda: world)
-    monkeypatch.setattr(ours, "_cudart", lambda: memory)
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    return make_world(monkeypatch)
+
+
+def make_world(monkeypatch: pytest.MonkeyPatch) -> World:
+    """Put the stand-ins in the place of the packages."""
+    world = World(bindings())
+    monkeypatch.setitem(sys.modules, "tensorrt", world)
+    monkeypatch.setattr(cuda, "cudart", lambda: world.memory)
     return world
 
 
 def test_build_run_save_and_open_again(world: World, tiny_bundle: Path, tmp_path: Path) -> None:
     bundle, backend = Bundle.open(tiny_bundle), ours.TensorRtBackend()
-    assert backend.devices() == ["cuda"] and backend.machine("cuda").endswith("a GPU, compute capability 9.0")
+    assert backend.devices() == ["cuda"] and backend.machine("cuda", {}).endswith("a GPU, compute capability 9.0")
     session = backend.open(bundle, "graphs/step_00.onnx", "cuda", {"batch": [2, 4]})
     state = np.random.default_rng(0).standard_normal((3, 1, 8, 8), np.float32)
     for batch in (3, 1, 2):
         (output,) = session.run({"state": state[:batch]})
         np.testing.assert_array_equal(output, 2 * state[:batch])
     calls = dict(world.calls)
-    assert calls["IOptimizationProfile.set_shape"] == ("state", (2, 1, 8, 8), (4, 1, 8, 8), (4, 1, 8, 8))
+    assert calls["IOptimizationProfile.set_shape"] == ("state", (2, 1, 8, 8), (2, 1, 8, 8), (4, 1, 8, 8))
     assert calls["IBuilderConfig.clear_flag"] == (world.real.BuilderFlag.TF32,)
     session.save(tmp_path, "graphs/step_00.onnx")
     assert {path.name for path in tmp_path.iterdir()} == {"step_00.plan", "step_00.layers.json"}
@@ -304,6 +396,118 @@ def test_refusals(world: World, tiny_bundle: Path, tmp_path: Path) -> None:
         backend.open(bundle, graph, "cuda", {})
 
 
+def images(world: World, sampler: Sampler, count: int, seed: int) -> int:
+    """Check a sampling: every evaluation doubles the state. Returns how many plans were run for it."""
+    world.calls.clear()
+    noise = noise_for((1, 8, 8), seed, range(count))
+    first = noise * np.float32(sampler.plan.initial_scale)
+    states = sampler.states(noise)
+    for i, state in enumerate(states):
+        np.testing.assert_array_equal(state, first * np.float32(2 ** (i + 1)))
+    return sum(key == "IExecutionContext.execute_async_v3" for key, _ in world.calls)
+
+
+def loop_of(path: Path) -> tuple[Bundle, Sampler]:
+    bundle, backend = Bundle.open(path), ours.TensorRtBackend()
+    return bundle, Sampler(bundle, lambda graph: backend.open(bundle, graph, "cuda", {}))
+
+
+def test_a_whole_loop_becomes_one_graph(world: World, tiny_bundle: Path) -> None:
+    """As it is, again and captured, then launched alone; each batch size by itself, in any order."""
+    _, sampler = loop_of(tiny_bundle)
+    assert [images(world, sampler, 2, seed) for seed in range(4)] == [3, 6, 0, 0]
+    assert [images(world, sampler, 4, seed) for seed in range(4)] == [3, 6, 0, 0]
+    blocks = len(world.memory.blocks)
+    assert [images(world, sampler, count, 9) for count in (2, 4, 2)] == [0, 0, 0]
+    sampler.conditioned_session.run({"state": np.zeros((2, 1, 8, 8), np.float32)})  # between two launches
+    assert images(world, sampler, 2, 5) == 0
+    assert sampler.device.notes == [] and len(world.memory.graphs) == 2
+    assert len(world.memory.blocks) <= blocks + 2
+
+
+def test_a_frozen_address_must_stay(world: World, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: with the scratch memory and the buffers of a graph given away, its images are wrong."""
+    _, sampler = loop_of(tiny_bundle)
+    for seed in range(3):
+        images(world, sampler, 2, seed)
+    for block in world.memory.blocks.values():
+        ctypes.memset(block, 255, len(block))
+    assert images(world, sampler, 2, 3) == 0  # contents do not matter between two samplings, addresses do
+    (take,) = sampler._now.states.takes.values()  # type: ignore[attr-defined]
+    take._inputs["state"] = sampler.device.put(np.zeros((2, 1, 8, 8), np.float32))
+    with pytest.raises(AssertionError):
+        images(world, sampler, 2, 4)
+
+
+def test_only_the_last_shapes_are_kept(world: World, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "TAKES", 2)
+    _, sampler = loop_of(tiny_bundle)
+    for _ in range(2):
+        for count in (1, 2, 3, 4):
+            images(world, sampler, count, 0)
+    assert len(sampler._now.states.takes) == 2  # type: ignore[attr-defined]
+    blocks = len(world.memory.blocks)
+    for count in (1, 2, 3, 4):
+        images(world, sampler, count, 0)
+    assert len(world.memory.blocks) == blocks
+
+
+def test_what_cannot_be_captured_runs_as_it_is_and_says_why(world: World, tiny_bundle: Path) -> None:
+    """Images that go in parts leave the device in the middle of the loop."""
+    bundle, backend = Bundle.open(tiny_bundle), ours.TensorRtBackend()
+    sampler = Sampler(bundle, lambda graph: BatchSizes({2: backend.open(bundle, graph, "cuda", {})}))
+    assert [images(world, sampler, 3, seed) for seed in range(3)] == [6, 6, 6]
+    (note,) = sampler.device.notes
+    assert note.startswith("loop not captured in a CUDA graph for state [3, 1, 8, 8]: ") and "images go in parts" in note
+    assert [images(world, sampler, 2, seed) for seed in range(3)] == [3, 6, 0]
+
+
+def test_streamed_weights_are_not_captured(world: World, tiny_bundle: Path) -> None:
+    bundle, backend = Bundle.open(tiny_bundle), ours.TensorRtBackend()
+    for budget, runs in ((0, [3, 3, 3]), (9, [3, 6, 0])):
+        own = {"weight_streaming": "on", "weight_streaming_budget": budget}
+        options = {"engine_options": own}
+        sampler = Sampler(bundle, lambda graph, options=options: backend.open(bundle, graph, "cuda", options))  # type: ignore[misc]
+        assert [images(world, sampler, 2, seed) for seed in range(3)] == runs
+        assert ["weights of graphs/step_00.onnx are streamed" in note for note in sampler.device.notes] == [True] * (
+            budget == 0
+        )
+        del sampler
+
+
+def test_layers_are_not_timed_in_a_captured_graph(world: World, tiny_bundle: Path) -> None:
+    bundle, backend = Bundle.open(tiny_bundle), ours.TensorRtBackend()
+    sampler = Sampler(bundle, lambda graph: backend.profile(bundle, graph, "cuda", {}, 1))
+    assert [images(world, sampler, 2, seed) for seed in range(3)] == [3, 3, 3]
+    assert "are timed one by one" in sampler.device.notes[0]
+
+
+def test_memory_that_a_capture_would_need_is_refused(world: World, tiny_bundle: Path) -> None:
+    _, sampler = loop_of(tiny_bundle)
+    images(world, sampler, 2, 0)
+    execute = world.answers["IExecutionContext.execute_async_v3"]
+    sizes = iter([4096, 4096, 4096] + [1 << 20] * 9)
+
+    def grows(stream: int) -> bool:
+        sampler.device.scratch_of(next(sizes))  # type: ignore[attr-defined]
+        return bool(execute(stream))
+
+    world.answers["IExecutionContext.execute_async_v3"] = grows
+    images(world, sampler, 2, 1)
+    assert "cudaMalloc failed with cudaErrorStreamCaptureUnsupported" in sampler.device.notes[0]
+    assert images(world, sampler, 2, 2) == 3
+
+
+def test_closing_frees_all(world: World, tiny_bundle: Path) -> None:
+    with loop_of(tiny_bundle)[1] as sampler:
+        for seed in range(3):
+            images(world, sampler, 2, seed)
+        assert world.memory.blocks and world.memory.graphs
+    assert not world.memory.blocks and not world.memory.graphs
+    with pytest.raises(EngineError, match="expected an open sampler"):
+        sampler(num=1)
+
+
 def test_the_stand_ins_refuse(world: World) -> None:
     """The control: names and arguments that TensorRT 11 does not have."""
     builder = world.Builder(world.Logger(world.Logger.ERROR))
@@ -318,7 +522,7 @@ def test_the_stand_ins_refuse(world: World) -> None:
     with pytest.raises(AssertionError, match=r"IBuilderConfig\.profiling_verbosity = 2"):
         builder.create_builder_config().profiling_verbosity = 2
     with pytest.raises(TypeError):
-        ours._cudart().cudaMalloc(1, 2)
+        cuda.cudart().cudaMalloc(1, 2)
 
 
 def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,6 +537,6 @@ def test_cuda_errors_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = SimpleNamespace(
         cudaError_t=runtime.cudaError_t, cudaMalloc=lambda size: (runtime.cudaError_t.cudaErrorMemoryAllocation, None)
     )
-    monkeypatch.setattr(ours, "_cudart", lambda: fake)
+    monkeypatch.setattr(cuda, "cudart", lambda: fake)
     with pytest.raises(EngineError, match="cudaMalloc failed with cudaErrorMemoryAllocation"):
-        ours._cuda("cudaMalloc", 1 << 60)
+        cuda.cuda("cudaMalloc", 1 << 60)
