@@ -24,6 +24,7 @@ class UNetAdapter(Adapter):
         added: whether the network adds something to the time embedding.
     """
 
+    network: Any
     added: bool
 
     def __init__(self, network: Any, scheduler_config: dict[str, Any]) -> None:

@@ -56,10 +56,10 @@ def reference_trajectories(
     at = [i for i, e in enumerate(fine.evaluations) if e.time_point is not None and e.time_point % substeps == 0]
     chunks = []
     for start in range(0, count, batch):
-        given = {name: values[start : start + batch] for name, values in requests.items()}
+        part = {name: values[start : start + batch] for name, values in requests.items()}
 
-        def network(i: int, state: torch.Tensor, given: dict[str, torch.Tensor] = given) -> torch.Tensor:
-            return adapter(state, *[embedding[i : i + 1] for embedding in embeddings], **given)
+        def network(i: int, state: torch.Tensor, part: dict[str, torch.Tensor] = part) -> torch.Tensor:
+            return adapter(state, *[embedding[i : i + 1] for embedding in embeddings], **part)
 
         states = run(fine, noise[start : start + batch], network)
         chunks.append(torch.stack([states[i] for i in at]))
