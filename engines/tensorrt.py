@@ -155,9 +155,9 @@ class TensorRtSession:
     def save(self, directory: Path, graph: str) -> None:
         stem = PurePosixPath(graph).stem
         (directory / f"{stem}.plan").write_bytes(self._plan)
-        (directory / f"{stem}.layers.json").write_text(self.inspect(), encoding="utf-8")
+        (directory / f"{stem}.layers.json").write_text(self._inspect(), encoding="utf-8")
 
-    def inspect(self) -> str:
+    def _inspect(self) -> str:
         """The layers of the plan, in JSON."""
         import tensorrt as trt
 
@@ -165,22 +165,14 @@ class TensorRtSession:
         return found
 
 
-class TensorRtProfiledSession:
-    """A session whose context tells the times of its layers after every run.
+class TensorRtProfiledSession(TensorRtSession):
+    """A session whose context tells the times of its layers after every run."""
 
-    It takes and gives arrays of the host, whatever the session does: a run that was captured in a CUDA graph tells nothing.
-    """
-
-    def __init__(self, session: TensorRtSession) -> None:
-        self._session = session
-        self._profiler = _profiler(_kinds(session.inspect()))
-        session._context.profiler = self._profiler
-
-    def run(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[np.float32]]:
-        return self._session.run(feeds)
-
-    def save(self, directory: Path, graph: str) -> None:
-        self._session.save(directory, graph)
+    def __init__(self, device: _Device, plan: bytes, graph: str, prepare: Callable[[Any], None]) -> None:
+        super().__init__(device, plan, graph, prepare)
+        kinds = _kinds(self._inspect())
+        self._profiler = _profiler(kinds)
+        self._context.profiler = self._profiler
 
     def layers(self) -> list[Layer]:
         return list(self._profiler.found.values())
@@ -270,7 +262,7 @@ class TensorRtBackend:
     def profile(
         self, bundle: Bundle, graph: str, device: str, options: Mapping[str, Any], batch: int, built: Path | None = None
     ) -> ProfiledSession:
-        return TensorRtProfiledSession(TensorRtSession(*self._plan(bundle, graph, device, options, built, None)))
+        return TensorRtProfiledSession(*self._plan(bundle, graph, device, options, built, None))
 
     def _plan(
         self,
