@@ -15,6 +15,7 @@ from typing import Any
 import onnx_ir as ir
 
 from mteo_deploy.exporters.passes.fix_batch import FixBatch
+from mteo_deploy.exporters.passes.shapes import infer_shapes
 
 UNKNOWN = ("Attention", "Einsum", "GRU", "LSTM", "RNN", "If", "Loop", "Scan", "DeformConv", "ConvInteger", "MatMulInteger")
 """Operators that hold such work too and are not counted: a graph with one has no figure rather than a wrong one."""
@@ -53,7 +54,8 @@ def count(model: ir.Model, batch: int | str = "dynamic") -> dict[str, Any]:
         ``flops`` and ``activation_bytes`` per image and ``weight_bytes`` per run; or the reason under ``unknown``.
     """
     copy = model.clone()
-    FixBatch(1)(copy)
+    if not FixBatch(1)(copy).modified:
+        infer_shapes(copy)
     images = 1 if batch == "dynamic" else int(batch)
     flops, moved, weights = 0, 0, 0
     for node in copy.graph:

@@ -19,6 +19,7 @@ nodes that the engine fuses wrongly.
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -52,8 +53,8 @@ class Departure:
         module: the backbone's module whose parameters it takes, or the nearest one before it.
         position, of: its place in the graph, and how many nodes there are.
         error, inputs: relative error of its output, and the largest of its inputs'.
-        alone: relative error of the node by itself, in the engine, on the inputs it should get; None when the engine
-            does not open it.
+        opens_alone: does the engine open the node in a graph of its own?
+        alone: its relative error there, on the inputs it should get.
         region: where in its output most of the error is.
     """
 
@@ -65,7 +66,8 @@ class Departure:
     of: int
     error: float
     inputs: float
-    alone: float | None
+    opens_alone: bool
+    alone: float
     region: str
 
 
@@ -92,7 +94,7 @@ class Bisection:
     graph_error: float = 0.0
     engine_error: float = 0.0
     departure: Departure | None = None
-    between: tuple[str, str] | None = None
+    between: list[str] | None = None
     probes: int = 0
 
 
@@ -216,7 +218,7 @@ def _search(found: Bisection, probes: _Probes) -> Bisection:
         else:
             break
     if high - low > 1:
-        ends = (_name(probes.nodes[low + 1]), _name(probes.nodes[high]))
+        ends = [_name(probes.nodes[low + 1]), _name(probes.nodes[high])]
         return replace(found, verdict="fusion", between=ends, probes=found.probes + probes.opened)
     return replace(found, verdict="node", departure=probes.departure(high), probes=found.probes + probes.opened)
 
@@ -293,6 +295,7 @@ class _Probes:
         outputs = [name for name in node.output if name in self.last]
         self.look(outputs)
         tensor = max(outputs, key=self.errors.__getitem__)
+        alone = self._alone(k, tensor)
         return Departure(
             node=_name(node),
             operator=node.op_type,
@@ -302,7 +305,8 @@ class _Probes:
             of=len(self.nodes),
             error=self.errors[tensor],
             inputs=max(before, default=0.0),
-            alone=self._alone(k, tensor),
+            opens_alone=alone is not None,
+            alone=0.0 if alone is None else alone,
             region=worst_place(*self.found[tensor]) if self.found[tensor][0].shape == self.found[tensor][1].shape else "",
         )
 
@@ -392,37 +396,43 @@ def _rms(values: Tensor) -> float:
 
 
 def to_json(found: Bisection) -> dict[str, Any]:
-    """Plain data, as :attr:`Report.bisection` holds it."""
-    return asdict(found)
+    """Plain data, as :attr:`Report.bisection` holds it; an error that is not finite is None, which JSON knows."""
+
+    def finite(values: dict[str, Any]) -> dict[str, Any]:
+        return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
+
+    departure = None if found.departure is None else finite(asdict(found.departure))
+    return {**finite(asdict(found)), "departure": departure}
+
+
+def _said(error: float | None) -> str:
+    return "infinity" if error is None else f"{error:.1e}"
 
 
 def lines(found: Mapping[str, Any]) -> list[str]:
-    """A bisection in words."""
+    """A bisection in words, from what :func:`to_json` gives; empty when there is none."""
     if not found:
         return []
     where = "the whole loop" if found["evaluation"] is None else f"evaluation {found['evaluation']}"
-    head = f"bisect: {where}, relative error {found['error']:.1e} against torch (allowed {found['tolerance']:.0e})"
-    if found["verdict"] == "nothing":
-        return [f"bisect: nothing departs; worst is {where}, {found['error']:.1e} (allowed {found['tolerance']:.0e})"]
-    if found["verdict"] == "graph":
-        return [
-            f"{head}; the graph as written departs from torch as much ({found['graph_error']:.1e}) and the engine follows it "
-            f"({found['engine_error']:.1e}): the fault is in the bundle, not in the engine; export again, or see inspect --diff"
-        ]
-    if found["verdict"] == "built engine":
-        return [
-            f"{head}; the engine opened afresh does what {found['graph']} says ({found['engine_error']:.1e}): the fault is in "
-            "what the built engine stored, or in the session; run: mteo-deploy build"
-        ]
+    allowed, written, engine = (_said(found[name]) for name in ("tolerance", "graph_error", "engine_error"))
+    head = f"bisect: {where}, relative error {_said(found['error'])} against torch (allowed {allowed})"
+    verdict, node = found["verdict"], found["departure"]
+    if verdict == "nothing":
+        return [f"bisect: nothing departs; worst is {where}, relative error {_said(found['error'])} (allowed {allowed})"]
+    if verdict == "graph":
+        why = f"the graph as written departs from torch as much ({written}) and the engine follows it ({engine})"
+        return [head, f"{why}: the fault is in the bundle, not in the engine; export again, or see inspect --diff"]
+    if verdict == "built engine":
+        why = f"the engine opened afresh does what {found['graph']} says ({engine})"
+        return [head, f"{why}: the fault is in what the built engine stored, or in its session; run: mteo-deploy build"]
     head += f"; {found['graph']}, {found['probes']} probes"
-    if found["verdict"] == "fusion":
+    if verdict == "fusion":
         first, last = found["between"]
         return [head, f"the fault goes away where the engine may not fuse {first} to {last}: look at its fusions there"]
-    node = found["departure"]
-    alone = "" if node["alone"] is None else f"; by itself on the right inputs {node['alone']:.1e}"
+    alone = f"; by itself on the right inputs {_said(node['alone'])}" if node["opens_alone"] else ""
     return [
         head,
         f"first at {node['operator']} {node['node']}, node {node['position']} of {node['of']}, {node['module'] or 'no module'}",
-        f"its inputs are off by {node['inputs']:.1e} at most, its output {node['tensor']} by {node['error']:.1e}{alone}; "
+        f"its inputs are off by {_said(node['inputs'])} at most, its output {node['tensor']} by {_said(node['error'])}{alone}; "
         f"most of it in {node['region']}",
     ]

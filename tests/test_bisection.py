@@ -6,7 +6,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from helpers import Faulty, altered
 from onnx import numpy_helper
 
-from mteo_deploy.bisection import Bisection, _search, bisect, lines
+from mteo_deploy.bisection import Bisection, _search, bisect, lines, to_json
 from mteo_deploy.bundle import Bundle
 from mteo_deploy.cli import main
 from mteo_deploy.engines.base import Backend, Session
@@ -31,14 +31,15 @@ from mteo_deploy.verification import verify
 
 
 class Altered:
-    """A backend that adds one to an element of a constant of every graph it opens.
+    """A backend that adds something to an element of a constant of every graph it opens.
 
     Args:
+        more: what it adds.
         hide: the constant is left alone where the graph has one of these outputs, as a fusion stopped there would do.
     """
 
-    def __init__(self, backend: Backend, constant: str, hide: Collection[str] = ()) -> None:
-        self.backend, self.constant, self.hide = backend, constant, set(hide)
+    def __init__(self, backend: Backend, constant: str, hide: Collection[str] = (), more: float = 1.0) -> None:
+        self.backend, self.constant, self.hide, self.more = backend, constant, set(hide), more
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.backend, name)
@@ -49,7 +50,7 @@ class Altered:
             for tensor in model.graph.initializer:
                 if tensor.name == self.constant:
                     values = numpy_helper.to_array(tensor).copy()
-                    values.flat[0] += 1.0
+                    values.flat[0] += self.more
                     tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
         with tempfile.TemporaryDirectory() as directory:
             file = Path(directory) / graph
@@ -58,10 +59,10 @@ class Altered:
             return self.backend.open(Bundle(Path(directory), bundle.manifest), graph, device, options)
 
 
-def planted(path: Path, constant: str, hide: Collection[str] = (), **arguments: Any) -> Sampler:
+def planted(path: Path, constant: str, hide: Collection[str] = (), more: float = 1.0, **arguments: Any) -> Sampler:
     good = Sampler.load(path, **arguments)
     assert good.built is not None
-    backend = Altered(good.built.backend, constant, hide)
+    backend = Altered(good.built.backend, constant, hide, more)
     built = replace(good.built, backend=backend)
 
     def open_graph(graph: str) -> Session:
@@ -133,12 +134,20 @@ def test_a_fault_that_hides_from_the_search(tiny_bundle: Path) -> None:
     names = [node.name for node in nodes]
     first, last = (names.index(name) for name in found.between)
     assert first <= start <= last and last - first <= 4
-    assert "may not fuse" in lines(asdict(found))[1]
+    assert "may not fuse" in lines(to_json(found))[1]
+
+
+def test_not_a_number(tiny_bundle: Path, tmp_path: Path) -> None:
+    """Its error is infinite; the report is JSON all the same."""
+    report = verify(planted(tiny_bundle, "mid_block.resnets.0.conv2.bias", more=np.nan), seconds=0, bisect=True, quiet=True)
+    assert report.bisection["departure"]["module"] == "mid_block.resnets.0.conv2" and "by infinity" in report.further_lines()[2]
+    report.save(tmp_path / "r.json")
+    assert "NaN" not in (tmp_path / "r.json").read_text() and "Infinity" not in (tmp_path / "r.json").read_text()
 
 
 def test_nothing_departs(tiny_bundle: Path) -> None:
     found = bisect(Sampler.load(tiny_bundle))
-    assert (found.verdict, found.probes) == ("nothing", 0) and "nothing departs" in lines(asdict(found))[0]
+    assert (found.verdict, found.probes) == ("nothing", 0) and "nothing departs" in lines(to_json(found))[-1]
 
 
 def test_the_graph_itself_departs(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -153,7 +162,7 @@ def test_the_graph_itself_departs(tiny_bundle: Path, tmp_path: Path) -> None:
     found = bisect(Sampler.load(path))
     assert found.verdict == "graph" and found.evaluation in (1, 2)
     assert found.graph_error > found.tolerance > found.engine_error
-    assert "not in the engine" in lines(asdict(found))[0]
+    assert "not in the engine" in lines(to_json(found))[-1]
 
 
 def test_what_the_built_engine_stored_departs(tiny_bundle: Path) -> None:
@@ -161,7 +170,7 @@ def test_what_the_built_engine_stored_departs(tiny_bundle: Path) -> None:
     good = Sampler.load(tiny_bundle)
     sampler = Sampler(good.bundle, lambda g: Faulty(good.open_graph(g), lambda y, feeds: y * 1.01), built=good.built)
     found = bisect(sampler)
-    assert found.verdict == "built engine" and "mteo-deploy build" in lines(asdict(found))[0]
+    assert found.verdict == "built engine" and "mteo-deploy build" in lines(to_json(found))[-1]
 
 
 def test_search_ends_between_a_cut_that_agrees_and_one_that_departs() -> None:
