@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from helpers import Faulty, altered
 from onnx import numpy_helper
 
-from mteo_deploy.bisection import Bisection, _search, bisect, lines, to_json
+from mteo_deploy.bisection import Bisection, _search, _without_a_node, bisect, lines, to_json
 from mteo_deploy.bundle import Bundle
 from mteo_deploy.cli import main
 from mteo_deploy.engines.base import Backend, Session
@@ -171,6 +171,21 @@ def test_what_the_built_engine_stored_departs(tiny_bundle: Path) -> None:
     sampler = Sampler(good.bundle, lambda g: Faulty(good.open_graph(g), lambda y, feeds: y * 1.01), built=good.built)
     found = bisect(sampler)
     assert found.verdict == "built engine" and "mteo-deploy build" in lines(to_json(found))[-1]
+
+
+@pytest.mark.parametrize(
+    ("error", "graph", "engine", "verdict"),
+    [
+        (0.5, 0.5, 1e-6, "graph"),
+        (0.15, 0.08, 0.09, "sum"),
+        (0.5, 1e-6, 1e-6, "built engine"),
+        (np.inf, 1e-6, 1e-6, "built engine"),
+    ],
+)
+def test_verdicts_without_a_node(error: float, graph: float, engine: float, verdict: str) -> None:
+    found = Bisection("nothing", "g", 0, 0.1, error, graph, engine)
+    assert _without_a_node(found) == verdict
+    assert len(lines(to_json(replace(found, verdict=verdict)))) == 2
 
 
 def test_search_ends_between_a_cut_that_agrees_and_one_that_departs() -> None:
