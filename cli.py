@@ -370,7 +370,7 @@ def sample(
 
 @main.command()
 @click.argument("bundle", type=PATH)
-@engine_option
+@click.option("--engine", default="auto", show_default=True, help="auto: the newest built; all, or some by comma: compare.")
 @device_option
 @realisation_option
 @click.option("--batch", type=int, default=1, show_default=True, help="Images per engine call in the latency part.")
@@ -381,6 +381,8 @@ def sample(
 @click.option("--max-error", type=float, help="Budget: relative error of the images against torch's.")
 @click.option("--budgets", "budget_file", type=PATH, help="TOML file of budgets, e.g. max_p50_ms = 25; options go before it.")
 @click.option("--against", type=PATH, help="An older report.json: fail where this run is slower.")
+@click.option("--bisect", is_flag=True, help="Where an evaluation departs, name the first layer that does.")
+@click.option("--costs", is_flag=True, help="Also: per evaluation, batch and thread; start, memory, energy, limit.")
 @click.option("-o", "--output", type=PATH, help="Write report.json here; with .html a page, with .xml JUnit's XML.")
 @json_option
 @quiet_option
@@ -405,26 +407,33 @@ def verify(
     \b
     Example:  mteo-deploy verify bundle --max-overhead 0.02 -o report.json
               mteo-deploy verify bundle --budgets budgets.toml --against report.json -o junit.xml
+              mteo-deploy verify bundle --engine all --bisect --costs -o report.html
     """
+    from mteo_deploy.comparison import names_several, verify_engines
     from mteo_deploy.gates import Budgets
     from mteo_deploy.report import Report
-    from mteo_deploy.verification import verify as run
+    from mteo_deploy.verification import verify as verify_one
 
     budgets = (Budgets.read(budget_file) if budget_file else Budgets()).override(
         max_p50_ms=max_p50_ms, max_p99_ms=max_p99_ms, max_overhead=max_overhead, max_error=max_error
     )
     older = Report.read(against) if against else None
+    run = verify_engines if names_several(options["engine"]) else verify_one
     report = run(bundle, quiet=quiet or as_json, budgets=budgets, older=older, **options)
     if output:
         report.save(output)
     if as_json:
         _emit(report.to_json())
-    else:
-        _table("", ["check", "", "found"], [[c.name, "ok" if c.passed else "FAILED", c.detail] for c in report.checks])
+        sys.exit(0 if report.passed else 1)
+    every = [report] if isinstance(report, Report) else report.every
+    for one in every:
+        title = "" if one is report else f"{one.engine} on {one.device}, {one.precision}"
+        _table(title, ["check", "", "found"], [[c.name, "ok" if c.passed else "FAILED", c.detail] for c in one.checks])
         click.echo("")
-        for line in report.latency_lines():
+        for line in one.latency_lines() + one.further_lines():
             click.echo(line)
-        click.echo("verified" if report.passed else "NOT verified: " + ", ".join(c.name for c in report.checks if not c.passed))
+    wrong = [c.name if one is report else f"{one.engine} {c.name}" for one in every for c in one.checks if not c.passed]
+    click.echo("NOT verified: " + ", ".join(wrong) if wrong else "verified")
     sys.exit(0 if report.passed else 1)
 
 

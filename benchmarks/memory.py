@@ -19,14 +19,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from mteo_deploy.machine import private_bytes
+
 CASES = ("one evaluation", "baked", "table", "fused")
 OPTIONS = {"default": {}, "no prepacking": {"prepacking": "off"}}
-
-
-def private_bytes() -> int:
-    """Private memory of this process, clean and dirty."""
-    lines = Path("/proc/self/smaps_rollup").read_text(encoding="ascii").splitlines()
-    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
 
 
 def measure(path: Path, case: str, config: dict[str, str], batch: int) -> int:
@@ -42,13 +38,15 @@ def measure(path: Path, case: str, config: dict[str, str], batch: int) -> int:
     options = {"engine_options": config}
     state = np.zeros((batch, *bundle.sample_shape), np.float32)
     before = private_bytes()
+    if before is None:
+        raise SystemExit("expected Linux, which tells a process's private memory; found another platform")
     if case == "one evaluation":
         session = engine.open(bundle, bundle.step_graphs[0]["graph"], "cpu", options)
         session.run({"state": state})
     else:
         sampler = Sampler(bundle, lambda graph: engine.open(bundle, graph, "cpu", options), case)
         sampler.states(state, bundle.reference_requests(batch))
-    return private_bytes() - before
+    return (private_bytes() or 0) - before
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from mteo_deploy.exporters import tensorrt
+from mteo_deploy.exporters import tensorrt, work
 from mteo_deploy.exporters.base import Adapter
 from mteo_deploy.exporters.conditioned import conditioned_graph
 from mteo_deploy.exporters.fuse import fuse
@@ -38,16 +38,17 @@ TABLES = "tables.safetensors"
 
 @dataclass(frozen=True)
 class CompiledGraph:
-    """One graph of the bundle, what the passes did to it, the weights it no longer has, and what TensorRT would refuse."""
+    """One graph of the bundle: what the passes did to it, weights it no longer has, what TensorRT would refuse, its work."""
 
     entry: dict[str, Any]
     passes: list[PassReport]
     removed: list[str] = field(default_factory=list)
     tensorrt: list[str] = field(default_factory=list)
+    work: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         passes = [p.to_json() for p in self.passes]
-        return {**self.entry, "passes": passes, "removed_weights": self.removed, "tensorrt": self.tensorrt}
+        return {**self.entry, "passes": passes, "removed_weights": self.removed, "tensorrt": self.tensorrt, "work": self.work}
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,8 @@ def compile_bundle(
         passes = passes + run_passes(model, [Share(file)])
         removed = [] if model is conditioned else sorted(everything - set(model.graph.initializers))
         refused = tensorrt.problems(model)
-        return CompiledGraph(_write(model, directory, name), passes, removed, refused)
+        counted = work.count(model, options.fixed_batch or "dynamic")
+        return CompiledGraph(_write(model, directory, name), passes, removed, refused, counted)
 
     if "table" in options.realisations:  # first: its weights then lie in the file where any other bundle's lie
         graphs.append(_write_table(steps, directory, write))

@@ -21,6 +21,7 @@ _PUBLIC = {
     "build": "mteo_deploy.engines.build",
     "Sampler": "mteo_deploy.sampler",
     "verify": "mteo_deploy.verification",
+    "verify_engines": "mteo_deploy.comparison",
     "Budgets": "mteo_deploy.gates",
     "profile": "mteo_deploy.profiling",
     "inspect": "mteo_deploy.inspection",
@@ -46,10 +47,12 @@ __all__ = [
     "inspect",
     "profile",
     "verify",
+    "verify_engines",
 ]
 
 if TYPE_CHECKING:
     from mteo_deploy.bundle import Bundle
+    from mteo_deploy.comparison import verify_engines
     from mteo_deploy.distillation import distill
     from mteo_deploy.embeddings import EmbeddingSet
     from mteo_deploy.engines.build import build

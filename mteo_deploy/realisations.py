@@ -48,10 +48,11 @@ class Stepwise:
         """Evaluation ``index``: ``(next state, kept quantity or None)``; ``history`` is newest first."""
         raise NotImplementedError
 
-    def states(self, state: Value, request: Values) -> list[Value]:
+    def states(self, state: Value, request: Values, count: int | None = None) -> list[Value]:
+        """As :meth:`Loop.states`; of the first ``count`` evaluations only, where that is given."""
         history: list[Value] = []
         states = []
-        for i in range(self.evaluations):
+        for i in range(self.evaluations if count is None else count):
             state, kept = self.step(i, state, history, request)
             if kept is not None:
                 history.insert(0, kept)

@@ -31,6 +31,8 @@ class Report:
         latency: ``step``: the evaluations against the conditioned ones; ``sample``: the whole loop; ``loop``: the whole loop
             against its own engine calls; ``doubts``: why the times are not to be trusted.
         environment: versions, machine and options it was found with.
+        costs: as :func:`mteo_deploy.costs.measure` gives them; empty when they were not asked for, and in older reports.
+        bisection: as :func:`mteo_deploy.bisection.bisect` gives it; empty when not asked for, and in older reports.
     """
 
     bundle: str
@@ -40,6 +42,8 @@ class Report:
     checks: list[Check]
     latency: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
+    costs: dict[str, Any] = field(default_factory=dict)
+    bisection: dict[str, Any] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -91,6 +95,12 @@ class Report:
             lines.append(f"times marked unreliable: {'; '.join(self.latency['doubts'])}")
         return lines
 
+    def further_lines(self) -> list[str]:
+        """Bisection and costs in words; empty when they were not asked for."""
+        from mteo_deploy import bisection, costs
+
+        return [*bisection.lines(self.bisection), *costs.lines(self.costs)]
+
     def save(self, path: Path) -> None:
         """Write the report: JUnit XML for a path ending in ``.xml``, a page for ``.html``, else JSON."""
         if path.suffix == ".html":
@@ -103,10 +113,17 @@ class Report:
         path.write_text(text, encoding="utf-8")
 
 
-def junit(report: Report) -> str:
-    """One test suite in the JUnit XML that CI systems read: a test case per check, a failure where one did not pass."""
-    failures = sum(not check.passed for check in report.checks)
+def junit(*reports: Report) -> str:
+    """JUnit XML as CI systems read it: a test suite per report, a test case per check, a failure where one did not pass."""
     root = ElementTree.Element("testsuites")
+    for report in reports:
+        _suite(root, report)
+    ElementTree.indent(root)
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
+
+
+def _suite(root: ElementTree.Element, report: Report) -> None:
+    failures = sum(not check.passed for check in report.checks)
     suite = ElementTree.SubElement(
         root, "testsuite", name=f"verify {report.bundle}", tests=str(len(report.checks)), failures=str(failures), errors="0"
     )
@@ -117,9 +134,7 @@ def junit(report: Report) -> str:
             ElementTree.SubElement(case, "system-out").text = check.detail
         else:
             ElementTree.SubElement(case, "failure", message=check.detail)
-    ElementTree.SubElement(suite, "system-out").text = "\n".join(report.latency_lines())
-    ElementTree.indent(root)
-    return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
+    ElementTree.SubElement(suite, "system-out").text = "\n".join(report.latency_lines() + report.further_lines())
 
 
 def _checks(report: Report) -> str:
@@ -142,7 +157,7 @@ def page(*reports: Report, picture: Path | None = None, caption: str = "") -> st
         where = f"{report.bundle} in {report.engine} on {report.device}, {report.precision}"
         parts.append(f"<h2>{escape(where)}: {verdict}</h2>")
         parts.append(_checks(report))
-        parts += [f"<p>{escape(line)}</p>" for line in report.latency_lines()]
+        parts += [f"<p>{escape(line)}</p>" for line in report.latency_lines() + report.further_lines()]
         rows = "".join(f"<tr><td>{escape(k)}</td><td>{escape(v)}</td></tr>" for k, v in report.environment.items())
         parts.append(f"<table>{rows}</table>" if rows else "")
     body = "\n".join(parts)

@@ -159,8 +159,11 @@ class Sampler:
         from mteo_deploy.engines import cache
 
         bundle = Bundle.open(path)
-        built = cache.find(bundle, engine, device)
-        other = None if tables is None else Bundle.open(tables)
+        return cls.of(bundle, cache.find(bundle, engine, device), realisation, None if tables is None else Bundle.open(tables))
+
+    @classmethod
+    def of(cls, bundle: Bundle, built: Built, realisation: str | None = None, other: Bundle | None = None) -> Sampler:
+        """Open a bundle in one of its built engines; arguments and errors as in :meth:`load`."""
 
         def open_graph(graph: str) -> Session:
             return built.backend.open(bundle, graph, built.device, built.options, built.directory)
@@ -170,6 +173,19 @@ class Sampler:
     def reopen(self) -> Sampler:
         """A second sampler of the same kind, with engine sessions of its own."""
         return Sampler(*self._arguments)
+
+    def built_engine(self, what: str) -> Built:
+        """The built engine it was opened from.
+
+        Args:
+            what: needs it, for the message.
+
+        Raises:
+            InputError: when it was opened from none.
+        """
+        if self.built is None:
+            raise InputError(f"expected a built engine for {what}; found a sampler without one; use Sampler.load")
+        return self.built
 
     @property
     def precision(self) -> str:

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from mteo_deploy import __version__, latency, numerics
+from mteo_deploy import __version__, bisection, latency, numerics
+from mteo_deploy.costs import measure_costs
 from mteo_deploy.errors import InputError
 from mteo_deploy.gates import Budgets, against, check_comparable
 from mteo_deploy.numerics import Check
@@ -84,6 +85,8 @@ def verify(
     seconds: float = 3.0,
     budgets: Budgets = NO_BUDGETS,
     older: Report | None = None,
+    bisect: bool = False,
+    costs: bool = False,
     quiet: bool = False,
 ) -> Report:
     """Verify a bundle in an engine.
@@ -94,9 +97,13 @@ def verify(
         seconds: time for the latency part; 0 leaves it out.
         budgets: limits on latency and error.
         older: a report to be no slower than.
+        bisect: where an evaluation departs, find the first layer that does (:mod:`mteo_deploy.bisection`).
+        costs: measure what sampling costs in all other ways too (:mod:`mteo_deploy.costs`); takes a minute or more.
 
     Raises:
-        InputError: for a budget without a latency part, a batch or time out of range, or a report of something else.
+        InputError: for a budget without a latency part, a batch or time out of range, a report of something else, or
+            ``bisect`` or ``costs`` of a sampler without a built engine.
+        MissingPackageError: for ``bisect`` without onnx and onnxruntime.
         BundleError, EngineError: as :meth:`Sampler.load`.
     """
     if batch < 1 or seconds < 0:
@@ -109,6 +116,10 @@ def verify(
     if sampler.built is not None:
         engine, device = sampler.built.backend.name, sampler.built.device
     found = Report(sampler.bundle.path.name, engine, device or "cpu", sampler.precision, [], environment=environment(sampler))
+    if bisect:
+        bisection.check_possible(sampler)
+    if costs:
+        sampler.built_engine("--costs")
     if older is not None:  # said before the work, not after it
         planned = {"batch": batch, "evaluations": len(sampler.plan.evaluations)} if seconds > 0 else {}
         check_comparable(older, replace(found, latency=planned))
@@ -123,13 +134,19 @@ def verify(
         "canaries": lambda: numerics.canaries(sampler, tolerance["batch"]),
     }
     with reporter(quiet) as report:
-        task = report.task("verifying", len(parts) + (seconds > 0))
+        task = report.task("verifying", len(parts) + (seconds > 0) + bisect + costs)
         for name, part in parts.items():
             checks += part()
             report.advance(task, 1, name)
         if seconds > 0:
             measured = measure(sampler, batch, seconds)
             report.advance(task, 1, "latency")
+        if bisect:
+            found = replace(found, bisection=bisection.to_json(bisection.bisect(sampler)))
+            report.advance(task, 1, "bisection")
+        if costs:
+            found = replace(found, costs=measure_costs(sampler, batch, seconds or 3.0))
+            report.advance(task, 1, "costs")
     checks += budgets.checks(numerics.image_error(sampler) if budgets.max_error is not None else 0.0, measured)
     found = replace(found, checks=checks, latency=measured, environment=environment(sampler))
     return found if older is None else replace(found, checks=checks + against(older, found))

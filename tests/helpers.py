@@ -1,10 +1,11 @@
-"""What several test files need: the torch sampler written out, copies of bundles, failed checks, and errors between arrays."""
+"""What several test files need: the torch sampler written out, copies of bundles, failed checks, faulty sessions, and errors
+between arrays."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from mteo_deploy import plan as plans
 from mteo_deploy.bundle import MANIFEST, write_manifest
 from mteo_deploy.embeddings import EmbeddingSet
+from mteo_deploy.engines.base import Session
 from mteo_deploy.exporters.base import Adapter
 from mteo_deploy.report import Report
 
@@ -69,3 +71,14 @@ def altered(
 def failed(report: Report) -> set[str]:
     """Names of the checks that did not pass."""
     return {check.name for check in report.checks if not check.passed}
+
+
+class Faulty:
+    """A session whose next state goes through ``fault(next state, feeds)``; other outputs are left alone."""
+
+    def __init__(self, session: Session, fault: Callable[[Array, Mapping[str, Array]], Array]) -> None:
+        self.session, self.fault = session, fault
+
+    def run(self, feeds: Mapping[str, Array]) -> list[Array]:
+        next_state, *others = self.session.run(feeds)
+        return [self.fault(next_state, feeds).astype(np.float32), *others]

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import Array, altered, failed
+from helpers import Array, Faulty, altered, failed
 
 from mteo_deploy import latency, numerics
 from mteo_deploy.engines.base import Session
@@ -29,17 +29,6 @@ from mteo_deploy.sampler import Sampler
 from mteo_deploy.verification import verify
 
 CANARIES = {"finite", "not flat", "seed matters", "images differ", "repeatable", "batch size", "second session"}
-
-
-class Faulty:
-    """A session whose next state goes through ``fault(next state, feeds)``; other outputs are left alone."""
-
-    def __init__(self, session: Session, fault: Callable[[Array, Mapping[str, Array]], Array]) -> None:
-        self.session, self.fault = session, fault
-
-    def run(self, feeds: Mapping[str, Array]) -> list[Array]:
-        next_state, *others = self.session.run(feeds)
-        return [self.fault(next_state, feeds).astype(np.float32), *others]
 
 
 def loop_of(sampler: Sampler) -> Baked:
