@@ -10,14 +10,14 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mteo_deploy.bundle import MANIFEST, Bundle, sha256_file
-from mteo_deploy.engines import AUTO, backend
-from mteo_deploy.engines.base import Backend
+from mteo_deploy.engines import AUTO, BACKENDS, backend
+from mteo_deploy.engines.base import PRECISIONS, Backend
 from mteo_deploy.errors import BundleError, MteoError
 
 RECORD = "engine.json"
@@ -39,6 +39,11 @@ class Built:
     def options(self) -> dict[str, Any]:
         found: dict[str, Any] = self.record["parts"]["options"]
         return found
+
+    @property
+    def precision(self) -> str:
+        """What it was built to compute in."""
+        return str(self.options.get("precision", "fp32"))
 
 
 def key_parts(bundle: Bundle, backend: Backend, device: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,6 +136,29 @@ def find(bundle: Bundle, engine: str = AUTO, device: str | None = None) -> Built
         raise BundleError(f"expected a built engine for this bundle; found stale ones ({' | '.join(reasons)}); {command}")
     what = " ".join(part for part in ("" if engine == AUTO else engine, f"on {device}" if device else "") if part)
     raise BundleError(f"expected a built engine{what and ' of ' + what} in {bundle.path}; found none; {command}")
+
+
+def every(bundle: Bundle, engines: Sequence[str] = (), device: str | None = None) -> list[Built]:
+    """The newest built engine that fits the bundle as it is now, of each engine, device and precision; by engine, fp32 first.
+
+    Args:
+        engines: names of backends, each of which must have one; empty for those that are there, at least one.
+        device: None for any.
+
+    Raises:
+        BundleError, InputError, MissingPackageError, EngineError: as :func:`find`, for an engine that has none.
+    """
+    found: dict[tuple[str, ...], Built] = {}
+    for path in records(bundle, AUTO, device):
+        with contextlib.suppress(MteoError):
+            built = check(bundle, path)
+            found.setdefault((built.backend.name, built.device, built.precision), built)
+    for engine in engines or [AUTO]:
+        if not any(engine in (AUTO, name) for name, *_ in found):
+            find(bundle, engine, device)  # says why there is none
+    order = list(engines) or list(BACKENDS)
+    wanted = [place for place in found if place[0] in order]
+    return [found[place] for place in sorted(wanted, key=lambda at: (order.index(at[0]), at[1], PRECISIONS.index(at[2])))]
 
 
 def _again(path: Path) -> str:

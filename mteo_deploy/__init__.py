@@ -23,6 +23,7 @@ _PUBLIC = {
     "verify": "mteo_deploy.verification",
     "Budgets": "mteo_deploy.gates",
     "profile": "mteo_deploy.profiling",
+    "bench": "mteo_deploy.benchmarking",
     "inspect": "mteo_deploy.inspection",
     "Bundle": "mteo_deploy.bundle",
     "EmbeddingSet": "mteo_deploy.embeddings",
@@ -39,6 +40,7 @@ __all__ = [
     "Plan",
     "Sampler",
     "__version__",
+    "bench",
     "build",
     "compile_plan",
     "distill",
@@ -49,6 +51,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from mteo_deploy.benchmarking import bench
     from mteo_deploy.bundle import Bundle
     from mteo_deploy.distillation import distill
     from mteo_deploy.embeddings import EmbeddingSet

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ class Comparison:
         busy: share of the processors that other programs used during the run; None where the platform does not tell.
         resolution: of the clock, in milliseconds.
         ratios: of every pair, in order.
+        a_times, b_times: of every pair, in order, in milliseconds.
     """
 
     a_p50: float
@@ -52,26 +53,32 @@ class Comparison:
     busy: float | None
     resolution: float
     ratios: tuple[float, ...]
+    a_times: tuple[float, ...]
+    b_times: tuple[float, ...]
 
     @property
     def doubts(self) -> list[str]:
         """Why the times are not to be trusted, in words; empty when nothing speaks against them."""
-        found = []
-        if self.busy is not None and self.busy > BUSY:
-            found.append(f"other programs used {self.busy:.0%} of the processors")
-        if abs(self.drift) > DRIFT:
-            found.append(f"times changed by {self.drift:+.0%} during the run: load or throttling")
-        if min(self.a_p50, self.b_p50) < CLOCK_TICKS * self.resolution:
-            found.append(f"medians of less than {CLOCK_TICKS} ticks of the clock")
-        return found
+        return _doubts(min(self.a_p50, self.b_p50), self.drift, self.busy, self.resolution)
 
     def to_json(self, ratios: bool = False) -> dict[str, Any]:
-        """Every figure and ``doubts``; with ``ratios`` those of every pair too."""
+        """Every figure and ``doubts``; with ``ratios`` the ratio and the times of every pair too, rounded."""
         found = asdict(self) | {"doubts": self.doubts}
-        found["ratios"] = [round(ratio, 6) for ratio in self.ratios]
-        if not ratios:
-            del found["ratios"]
+        for name in ("ratios", "a_times", "b_times"):
+            pairs = [round(value, 6) for value in found.pop(name)]
+            found |= {name: pairs} if ratios else {}
         return found
+
+
+def _doubts(shortest: float, drift: float, busy: float | None, resolution: float) -> list[str]:
+    found = []
+    if busy is not None and busy > BUSY:
+        found.append(f"other programs used {busy:.0%} of the processors")
+    if abs(drift) > DRIFT:
+        found.append(f"times changed by {drift:+.0%} during the run: load or throttling")
+    if shortest < CLOCK_TICKS * resolution:
+        found.append(f"medians of less than {CLOCK_TICKS} ticks of the clock")
+    return found
 
 
 def bootstrap_median(values: NDArray[np.float64], resamples: int = 2000, seed: int = 0) -> tuple[float, float, float]:
@@ -119,20 +126,73 @@ class OtherPrograms:
         return max(0.0, work / ((time.perf_counter() - self.clock) * (os.cpu_count() or 1)))
 
 
-def _warm_up(a: Callable[[], object], b: Callable[[], object], seconds: float) -> None:
-    """Run pairs until the medians of two blocks of three in a row agree within 5 %, for ``seconds`` at most."""
+@dataclass(frozen=True)
+class Rounds:
+    """Times of several callables, each once per round.
+
+    Attributes:
+        times: ``[rounds, callables]``, in milliseconds.
+        busy: share of the processors that other programs used meanwhile; None where the platform does not tell.
+    """
+
+    times: NDArray[np.float64]
+    busy: float | None
+
+    @property
+    def medians(self) -> list[float]:
+        """Per callable, in milliseconds."""
+        return [float(value) for value in np.median(self.times, axis=0)]
+
+    @property
+    def drift(self) -> float:
+        """Median of a round's time in the last third over the first third's, less one."""
+        third = len(self.times) // 3
+        return float(np.median(self.times[-third:].sum(axis=1)) / np.median(self.times[:third].sum(axis=1)) - 1)
+
+    @property
+    def doubts(self) -> list[str]:
+        """Why the times are not to be trusted, in words."""
+        return _doubts(min(self.medians), self.drift, self.busy, resolution())
+
+
+def resolution() -> float:
+    """Of the clock, in milliseconds."""
+    return time.get_clock_info("perf_counter").resolution * 1e3
+
+
+def _warm_up(functions: Sequence[Callable[[], object]], seconds: float) -> None:
+    """Run rounds until the medians of two blocks of three in a row agree within 5 %, for ``seconds`` at most."""
     end, previous = time.perf_counter() + seconds, float("inf")
     while True:
         times = []
         for _ in range(3):
             start = time.perf_counter()
-            a()
-            b()
+            for function in functions:
+                function()
             times.append(time.perf_counter() - start)
         median = float(np.median(times))
         if abs(median / previous - 1) < 0.05 or time.perf_counter() > end:
             return
         previous = median
+
+
+def interleave(functions: Sequence[Callable[[], object]], *, seconds: float = 2.0, rounds: int = 200) -> Rounds:
+    """Time callables in rounds, in random order within each, until ``seconds`` or ``rounds`` are over (at least 10 rounds).
+
+    All run beforehand until their times are stable.
+    """
+    _warm_up(functions, seconds / 2)
+    order, others = np.random.default_rng(0), OtherPrograms()
+    times: list[list[float]] = []
+    end = time.perf_counter() + seconds
+    while len(times) < 10 or (len(times) < rounds and time.perf_counter() < end):
+        one = [0.0] * len(functions)
+        for which in order.permutation(len(functions)):
+            start = time.perf_counter()
+            functions[which]()
+            one[which] = time.perf_counter() - start
+        times.append(one)
+    return Rounds(np.asarray(times) * 1e3, others.share())
 
 
 def compare(a: Callable[[], object], b: Callable[[], object], *, seconds: float = 2.0, pairs: int = 200) -> Comparison:
@@ -141,20 +201,9 @@ def compare(a: Callable[[], object], b: Callable[[], object], *, seconds: float 
     Both run beforehand until their times are stable. The median of the per-pair ratios is reported: it is robust to a drift
     that both share.
     """
-    _warm_up(a, b, seconds / 2)
-    order, others = np.random.default_rng(0), OtherPrograms()
-    times: list[tuple[float, float]] = []
-    end = time.perf_counter() + seconds
-    while len(times) < 10 or (len(times) < pairs and time.perf_counter() < end):
-        pair = [0.0, 0.0]
-        for which in order.permutation(2):
-            start = time.perf_counter()
-            (a, b)[which]()
-            pair[which] = time.perf_counter() - start
-        times.append((pair[0], pair[1]))
-    busy = others.share()
-    table = np.asarray(times) * 1e3
-    ratios, third = table[:, 0] / table[:, 1], len(table) // 3
+    found = interleave([a, b], seconds=seconds, rounds=pairs)
+    table = found.times
+    ratios = table[:, 0] / table[:, 1]
     ratio, low, high = bootstrap_median(ratios)
     p50, p90, p95, p99 = (float(value) for value in np.percentile(table[:, 0], [50, 90, 95, 99]))
     return Comparison(
@@ -167,9 +216,11 @@ def compare(a: Callable[[], object], b: Callable[[], object], *, seconds: float 
         ratio=ratio,
         ratio_low=low,
         ratio_high=high,
-        pairs=len(times),
-        drift=float(np.median(table[-third:].sum(axis=1)) / np.median(table[:third].sum(axis=1)) - 1),
-        busy=busy,
-        resolution=time.get_clock_info("perf_counter").resolution * 1e3,
+        pairs=len(table),
+        drift=found.drift,
+        busy=found.busy,
+        resolution=resolution(),
         ratios=tuple(float(value) for value in ratios),
+        a_times=tuple(table[:, 0].tolist()),
+        b_times=tuple(table[:, 1].tolist()),
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,11 +60,23 @@ def worst_region(found: Array, expected: Array, tiles: int = 4) -> str:
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was checked: passed or not, and the figures behind it in words."""
+    """One thing that was checked: passed or not, and the figures behind it in words.
+
+    Attributes:
+        errors: relative errors per evaluation, where it is about those; None for one that is not finite.
+        allowed: how large they may be.
+    """
 
     name: str
     passed: bool
     detail: str
+    errors: list[float | None] = field(default_factory=list)
+    allowed: float | None = None
+
+
+def _finite(errors: Iterable[float]) -> list[float | None]:
+    """JSON has no infinity."""
+    return [error if np.isfinite(error) else None for error in errors]
 
 
 def evaluation_checks(sampler: Sampler, tolerance: float) -> list[Check]:
@@ -89,7 +102,8 @@ def evaluation_checks(sampler: Sampler, tolerance: float) -> list[Check]:
         detail = f"relative error {errors[worst]:.1e} (allowed {tolerance:.0e})"
         if not errors[worst] <= tolerance:
             detail += f"; most of it in {worst}, {worst_region(*outputs[worst])}"
-        checks.append(Check(f"evaluation {i}", errors[worst] <= tolerance, detail))
+        passed = errors[worst] <= tolerance
+        checks.append(Check(f"evaluation {i}", passed, detail, _finite([errors[worst]]), tolerance))
     return checks
 
 
@@ -108,7 +122,8 @@ def trajectory_check(sampler: Sampler, tolerance: float) -> Check:
     detail = f"worst after evaluation {worst}: {errors[worst]:.1e} (allowed {tolerance:.0e})"
     if over:
         detail += f"; first over it: evaluation {over[0]}, {worst_region(found[over[0]], expected[over[0]])}"
-    return Check("trajectory", not over, f"{detail}; images {psnr(found[-1], expected[-1]):.0f} dB")
+    detail += f"; images {psnr(found[-1], expected[-1]):.0f} dB"
+    return Check("trajectory", not over, detail, _finite(errors), tolerance)
 
 
 def image_error(sampler: Sampler) -> float:

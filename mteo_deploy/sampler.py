@@ -99,17 +99,38 @@ class Sampler:
         from mteo_deploy.engines import cache
 
         bundle = Bundle.open(path)
-        built = cache.find(bundle, engine, device)
-        other = None if tables is None else Bundle.open(tables)
+        return cls.of(bundle, cache.find(bundle, engine, device), realisation, None if tables is None else Bundle.open(tables))
+
+    @classmethod
+    def of(cls, bundle: Bundle, built: Built, realisation: str | None = None, other: Bundle | None = None) -> Sampler:
+        """Open a bundle in one of its built engines; arguments and errors as in :meth:`load`."""
 
         def open_graph(graph: str) -> Session:
             return built.backend.open(bundle, graph, built.device, built.options, built.directory)
 
         return cls(bundle, open_graph, realisation or ("table" if other else built.record["realisation"]), other, built)
 
-    def reopen(self) -> Sampler:
-        """A second sampler of the same kind, with engine sessions of its own."""
-        return Sampler(*self._arguments)
+    def reopen(self, around: Callable[[str, Session], Session] = lambda graph, session: session) -> Sampler:
+        """A second sampler of the same kind, with engine sessions of its own.
+
+        Args:
+            around: from a graph's name and its session to the session to use.
+        """
+        bundle, open_graph, realisation, tables, built = self._arguments
+        return Sampler(bundle, lambda graph: around(graph, open_graph(graph)), realisation, tables, built)
+
+    def built_engine(self, what: str) -> Built:
+        """The built engine it was opened from.
+
+        Args:
+            what: needs it, for the message.
+
+        Raises:
+            InputError: when it was opened from none.
+        """
+        if self.built is None:
+            raise InputError(f"expected a built engine for {what}; found a sampler without one; use Sampler.load")
+        return self.built
 
     @property
     def precision(self) -> str:

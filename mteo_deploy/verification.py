@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mteo_deploy import __version__, latency, numerics
+from mteo_deploy import __version__, inspection, latency, numerics, pictures, waterfall
 from mteo_deploy.errors import InputError
 from mteo_deploy.gates import Budgets, against, check_comparable
 from mteo_deploy.numerics import Check
@@ -26,7 +26,7 @@ def measure(sampler: Sampler, batch: int, seconds: float) -> dict[str, Any]:
     """The sampler's realisation against ordinary time conditioning, interleaved, same backbone, same engine, same plan.
 
     ``step`` compares the engine calls alone (ours compute the solver's update too), ``sample`` the whole sampling loops
-    (the ordinary one computes its update in numpy), ``loop`` our loop with its own engine calls.
+    (the ordinary one computes its update in numpy), ``loop`` our loop with its own engine calls. ``waterfall`` is one sampling.
     """
     plan = sampler.plan
     noise = noise_for(sampler.bundle.sample_shape, 0, range(batch))
@@ -54,6 +54,7 @@ def measure(sampler: Sampler, batch: int, seconds: float) -> dict[str, Any]:
         "realisation": sampler.loop.name,
         "evaluations": len(plan.evaluations),
         "doubts": doubts,
+        "waterfall": waterfall.record(sampler, noise, given, seconds=seconds / 3),
         **{name: one.to_json(ratios=True) for name, one in found.items()},
     }
 
@@ -82,6 +83,7 @@ def verify(
     seconds: float = 3.0,
     budgets: Budgets = NO_BUDGETS,
     older: Report | None = None,
+    draw: bool = True,
     quiet: bool = False,
 ) -> Report:
     """Verify a bundle in an engine.
@@ -92,6 +94,7 @@ def verify(
         seconds: time for the latency part; 0 leaves it out.
         budgets: limits on latency and error.
         older: a report to be no slower than.
+        draw: keep images after every evaluation for a page or a picture; the reference trajectory only where it is cheap.
 
     Raises:
         InputError: for a budget without a latency part, a batch or time out of range, or a report of something else.
@@ -107,6 +110,7 @@ def verify(
     if sampler.built is not None:
         engine, device = sampler.built.backend.name, sampler.built.device
     found = Report(sampler.bundle.path.name, engine, device or "cpu", sampler.precision, [], environment=environment(sampler))
+    found = replace(found, compiler=inspection.compiler(sampler.bundle.manifest))
     if older is not None:  # said before the work, not after it
         planned = {"batch": batch, "evaluations": len(sampler.plan.evaluations)} if seconds > 0 else {}
         check_comparable(older, replace(found, latency=planned))
@@ -120,13 +124,16 @@ def verify(
         "canaries": lambda: numerics.canaries(sampler, tolerance["batch"]),
     }
     with reporter(quiet) as report:
-        task = report.task("verifying", len(parts) + (seconds > 0))
+        task = report.task("verifying", len(parts) + (seconds > 0) + draw)
         for name, part in parts.items():
             checks += part()
             report.advance(task, 1, name)
         if seconds > 0:
             measured = measure(sampler, batch, seconds)
             report.advance(task, 1, "latency")
+        if draw:
+            found = replace(found, pictures=pictures.collect(sampler))
+            report.advance(task, 1, "images")
     checks += budgets.checks(numerics.image_error(sampler) if budgets.max_error is not None else 0.0, measured)
     found = replace(found, checks=checks, latency=measured)
     return found if older is None else replace(found, checks=checks + against(older, found))
