@@ -6,7 +6,7 @@ INSTALLED = $(VENV)/.installed
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q -c constraints.txt torch
-	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[cpu,openvino,train,dev]'
+	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[cpu,openvino,report,train,dev]'
 	touch $(INSTALLED)
 
 .PHONY: demo test check clean

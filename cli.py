@@ -107,6 +107,7 @@ def main() -> None:
     sample     draw images                                     (numpy + one engine)
     verify     check numbers and latency; a gate for CI
     profile    where the time goes, layer by layer
+    bench      bundles, engines and precisions: error against time
     inspect    explain a bundle or an embedding set
     doctor     which engines are here, and how to install the others
     cache      list or clean the built engines of a bundle
@@ -383,13 +384,20 @@ def sample(
 @click.option("--against", type=PATH, help="An older report.json: fail where this run is slower.")
 @click.option("--bisect", is_flag=True, help="Where an evaluation departs, name the first layer that does.")
 @click.option("--costs", is_flag=True, help="Also: per evaluation, batch and thread; start, memory, energy, limit.")
-@click.option("-o", "--output", type=PATH, help="Write report.json here; with .html a page, with .xml JUnit's XML.")
+@click.option(
+    "-o",
+    "--output",
+    "outputs",
+    type=PATH,
+    multiple=True,
+    help="Report to write, by its ending: .json, .html, .xml (JUnit), .png.",
+)
 @json_option
 @quiet_option
 @_verb
 def verify(
     bundle: Path,
-    output: Path | None,
+    outputs: tuple[Path, ...],
     budget_file: Path | None,
     against: Path | None,
     max_p50_ms: float | None,
@@ -402,25 +410,27 @@ def verify(
 ) -> None:
     """Check numbers against the stored torch reference, canaries, latency, budgets and an older report.
 
-    Exit code 1 when something is wrong.
+    Exit code 1 when something is wrong. -o may be given several times.
 
     \b
-    Example:  mteo-deploy verify bundle --max-overhead 0.02 -o report.json
+    Example:  mteo-deploy verify bundle --max-overhead 0.02 -o report.html -o report.json
               mteo-deploy verify bundle --budgets budgets.toml --against report.json -o junit.xml
               mteo-deploy verify bundle --engine all --bisect --costs -o report.html
     """
     from mteo_deploy.comparison import names_several, verify_engines
     from mteo_deploy.gates import Budgets
-    from mteo_deploy.report import Report
+    from mteo_deploy.report import DRAWN, Report, check_outputs
     from mteo_deploy.verification import verify as verify_one
 
+    check_outputs(outputs, several=names_several(options["engine"]))
+    options["draw"] = any(output.suffix in DRAWN for output in outputs)
     budgets = (Budgets.read(budget_file) if budget_file else Budgets()).override(
         max_p50_ms=max_p50_ms, max_p99_ms=max_p99_ms, max_overhead=max_overhead, max_error=max_error
     )
     older = Report.read(against) if against else None
     run = verify_engines if names_several(options["engine"]) else verify_one
     report = run(bundle, quiet=quiet or as_json, budgets=budgets, older=older, **options)
-    if output:
+    for output in outputs:
         report.save(output)
     if as_json:
         _emit(report.to_json())
@@ -476,6 +486,45 @@ def profile(bundle: Path, output: Path | None, top: int, as_json: bool, quiet: b
     rows = [[layer.name[-60:], layer.kind, layer.graph, f"{layer.milliseconds:.3f}"] for layer in longest]
     _table("", ["longest layers", "kind", "graph", "ms in one sampling"], rows)
     click.echo("times with profiling switched on: for shares and differences; for totals see: mteo-deploy verify")
+
+
+@main.command()
+@click.argument("bundles", type=PATH, nargs=-1, required=True, metavar="BUNDLE...")
+@click.option("--engine", default="all", show_default=True, help="Names by comma, or all that are built.")
+@device_option
+@click.option("--precision", default="all", show_default=True, help="Names by comma, or all that are built.")
+@click.option("--batch", default="1", show_default=True, help="Images per engine call, sizes by comma.")
+@click.option("--seconds", type=float, default=10.0, show_default=True, help="Time for the timing, all batch sizes together.")
+@click.option("--num", type=int, default=64, show_default=True, help="Images for the error.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of their noise.")
+@click.option("--plain", is_flag=True, help="Add the plain solver on the time-conditioned graph, for every bundle and engine.")
+@click.option("-o", "--output", "outputs", type=PATH, multiple=True, help="To write, by its ending: .html, .json, .csv, .png.")
+@json_option
+@quiet_option
+@_verb
+def bench(bundles: tuple[Path, ...], batch: str, outputs: tuple[Path, ...], as_json: bool, quiet: bool, **options: Any) -> None:
+    """Compare bundles of one backbone: error of the images against time.
+
+    The error is against the reference trajectory of the same noise. All candidates are open at once while they are timed:
+    they need memory together. -o may be given several times.
+
+    Example:  mteo-deploy bench euler-3 euler-4 euler-8 --plain -o bench.html
+    """
+    from mteo_deploy.benchmarking import bench as run
+    from mteo_deploy.tradeoff import COLUMNS, check_tradeoff_outputs
+
+    check_tradeoff_outputs(outputs)
+    found = run(bundles, batch=_integers("--batch", batch), quiet=quiet or as_json, **options)
+    for output in outputs:
+        found.save(output)
+    if as_json:
+        _emit(found.to_json())
+        return
+    for size in found.batches:
+        _table(f"batch {size}", COLUMNS, found.rows(size))
+        click.echo("")
+    for line in found.lines():
+        click.echo(line)
 
 
 def _show_diff(found: list[dict[str, Any]]) -> None:

@@ -17,8 +17,8 @@ from PIL import Image, ImageDraw
 
 import mteo_deploy
 from mteo_deploy import images
+from mteo_deploy.page import page
 from mteo_deploy.progress import reporter
-from mteo_deploy.report import page
 
 
 def label(sheet: np.ndarray, names: list[str], row_height: int) -> np.ndarray:

@@ -24,6 +24,7 @@ _PUBLIC = {
     "verify_engines": "mteo_deploy.comparison",
     "Budgets": "mteo_deploy.gates",
     "profile": "mteo_deploy.profiling",
+    "bench": "mteo_deploy.benchmarking",
     "inspect": "mteo_deploy.inspection",
     "Bundle": "mteo_deploy.bundle",
     "EmbeddingSet": "mteo_deploy.embeddings",
@@ -40,6 +41,7 @@ __all__ = [
     "Plan",
     "Sampler",
     "__version__",
+    "bench",
     "build",
     "compile_plan",
     "distill",
@@ -51,6 +53,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from mteo_deploy.benchmarking import bench
     from mteo_deploy.bundle import Bundle
     from mteo_deploy.comparison import verify_engines
     from mteo_deploy.distillation import distill

@@ -21,7 +21,8 @@ from mteo_deploy.engines import cache
 from mteo_deploy.engines.base import PRECISIONS
 from mteo_deploy.errors import InputError
 from mteo_deploy.numerics import TOLERANCE, Check, psnr, relative_error, worst_region
-from mteo_deploy.report import Report, junit, page
+from mteo_deploy.page import page
+from mteo_deploy.report import Report, check_outputs, junit
 from mteo_deploy.sampler import Sampler
 from mteo_deploy.verification import verify
 
@@ -56,7 +57,12 @@ class Reports:
         return {"passed": self.passed, "engines": engines, "agreement": self.agreement.to_json()}
 
     def save(self, path: Path) -> None:
-        """Write the reports: JUnit XML for a path ending in ``.xml``, a page for ``.html``, else JSON."""
+        """Write the reports: a page for a path ending in ``.html``, JUnit XML for ``.xml``, else JSON.
+
+        Raises:
+            InputError: for a picture, which shows one engine.
+        """
+        check_outputs([path], several=True)
         make = {".html": page, ".xml": junit}.get(path.suffix)
         text = make(*self.every) if make else json.dumps(self.to_json(), indent=1) + "\n"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -29,15 +30,27 @@ def grid(images: NDArray[np.float32], columns: int | None = None, gap: int = 2) 
     return sheet
 
 
-def write_png(pixels: NDArray[np.uint8], path: Path, scale: int = 1) -> None:
-    """Write uint8 ``[height, width, channels]`` (1 or 3 channels), each pixel ``scale`` times as large."""
+def png(pixels: NDArray[np.uint8], scale: int = 1) -> bytes:
+    """PNG file of uint8 ``[height, width, channels]`` (1 or 3 channels), each pixel ``scale`` times as large.
+
+    Raises:
+        InputError: for another number of channels.
+    """
     from PIL import Image
 
     if pixels.shape[-1] not in (1, 3):
         raise InputError(f"expected images of 1 or 3 channels to write as PNG; found {pixels.shape[-1]}; write .npz instead")
-    path.parent.mkdir(parents=True, exist_ok=True)
     squeezed = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
-    Image.fromarray(squeezed.repeat(scale, 0).repeat(scale, 1)).save(path)
+    file = BytesIO()
+    Image.fromarray(squeezed.repeat(scale, 0).repeat(scale, 1)).save(file, "PNG", optimize=True)
+    return file.getvalue()
+
+
+def write_png(pixels: NDArray[np.uint8], path: Path, scale: int = 1) -> None:
+    """Write :func:`png` to a file."""
+    made = png(pixels, scale)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(made)
 
 
 def check_output(path: Path) -> None:

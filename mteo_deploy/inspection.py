@@ -21,6 +21,25 @@ def _plan(plan: Plan) -> dict[str, Any]:
     }
 
 
+def compiler(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What the compiler did, pass by pass, without the names of the weights that it removed.
+
+    Returns:
+        ``time_conditioned``: ``nodes``, ``parameters``, ``bytes`` before any pass; ``graphs``: for each ``graph``, its
+        ``passes`` (``name``, ``modified``, ``before`` and ``after`` as above, ``error``) and the number of
+        ``removed_weights``; ``sites``: for each ``site``, what became of its ``constants`` in each realisation. Empty where
+        the bundle does not tell.
+    """
+    found = manifest.get("compiler")
+    if not found:
+        return {}
+    graphs = [
+        {"graph": one["graph"], "passes": one["passes"], "removed_weights": len(one["removed_weights"])}
+        for one in found["graphs"]
+    ]
+    return {"time_conditioned": found["time_conditioned"], "graphs": graphs, "sites": found["sites"]}
+
+
 def inspect(path: Path | str) -> dict[str, Any]:
     """Describe a bundle (checked whole first) or an embedding set.
 

@@ -36,6 +36,7 @@ class Comparison:
         busy: share of the processors that other programs used during the run; None where the platform does not tell.
         resolution: of the clock, in milliseconds.
         ratios: of every pair, in order.
+        a_times, b_times: of every pair, in order, in milliseconds.
     """
 
     a_p50: float
@@ -52,6 +53,8 @@ class Comparison:
     busy: float | None
     resolution: float
     ratios: tuple[float, ...]
+    a_times: tuple[float, ...]
+    b_times: tuple[float, ...]
 
     @property
     def doubts(self) -> list[str]:
@@ -59,11 +62,11 @@ class Comparison:
         return _doubts(min(self.a_p50, self.b_p50), self.drift, self.busy, self.resolution)
 
     def to_json(self, ratios: bool = False) -> dict[str, Any]:
-        """Every figure and ``doubts``; with ``ratios`` those of every pair too."""
+        """Every figure and ``doubts``; with ``ratios`` the ratio and the times of every pair too, rounded."""
         found = asdict(self) | {"doubts": self.doubts}
-        found["ratios"] = [round(ratio, 6) for ratio in self.ratios]
-        if not ratios:
-            del found["ratios"]
+        for name in ("ratios", "a_times", "b_times"):
+            pairs = [round(value, 6) for value in found.pop(name)]
+            found |= {name: pairs} if ratios else {}
         return found
 
 
@@ -218,4 +221,6 @@ def compare(a: Callable[[], object], b: Callable[[], object], *, seconds: float 
         busy=found.busy,
         resolution=resolution(),
         ratios=tuple(float(value) for value in ratios),
+        a_times=tuple(table[:, 0].tolist()),
+        b_times=tuple(table[:, 1].tolist()),
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,11 +75,23 @@ def worst_place(found: Array, expected: Array) -> str:
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was checked: passed or not, and the figures behind it in words."""
+    """One thing that was checked: passed or not, and the figures behind it in words.
+
+    Attributes:
+        errors: relative errors per evaluation, where it is about those; None for one that is not finite.
+        allowed: how large they may be.
+    """
 
     name: str
     passed: bool
     detail: str
+    errors: list[float | None] = field(default_factory=list)
+    allowed: float | None = None
+
+
+def _finite(errors: Iterable[float]) -> list[float | None]:
+    """JSON has no infinity."""
+    return [error if np.isfinite(error) else None for error in errors]
 
 
 def teacher_forced(plan: Plan, reference: dict[str, Array], index: int) -> tuple[Array, list[Array]]:
@@ -112,7 +124,8 @@ def evaluation_checks(sampler: Sampler, tolerance: float) -> list[Check]:
         detail = f"relative error {errors[worst]:.1e} (allowed {tolerance:.0e})"
         if not errors[worst] <= tolerance:
             detail += f"; most of it in {worst}, {worst_region(*outputs[worst])}"
-        checks.append(Check(f"evaluation {i}", errors[worst] <= tolerance, detail))
+        passed = errors[worst] <= tolerance
+        checks.append(Check(f"evaluation {i}", passed, detail, _finite([errors[worst]]), tolerance))
     return checks
 
 
@@ -145,7 +158,8 @@ def _trajectory(name: str, found: list[Array], expected: Array, tolerance: float
     detail = f"worst after evaluation {worst}: {errors[worst]:.1e} (allowed {tolerance:.0e})"
     if over:
         detail += f"; first over it: evaluation {over[0]}, {worst_region(found[over[0]], expected[over[0]])}"
-    return Check(name, not over, f"{detail}; images {psnr(found[-1], expected[-1]):.0f} dB")
+    detail += f"; images {psnr(found[-1], expected[-1]):.0f} dB"
+    return Check(name, not over, detail, _finite(errors), tolerance)
 
 
 def image_error(sampler: Sampler) -> float:

@@ -1,25 +1,19 @@
-"""What ``verify`` found, and the files it becomes: JSON, JUnit XML, or one self-contained page (no network, no script)."""
+"""What ``verify`` found, and the files it becomes: JSON, JUnit XML, a self-contained page, or one picture of its panels."""
 
 from __future__ import annotations
 
-import base64
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from html import escape
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from mteo_deploy import bisection, costs, plots
 from mteo_deploy.errors import InputError
 from mteo_deploy.numerics import Check
-
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; margin: 1rem 0 }
-td, th { padding: .25rem .8rem; text-align: left; border-bottom: 1px solid #ddd }
-.ok { color: #176b34 } .failed { color: #a4161a; font-weight: 600 } img { max-width: 100%; image-rendering: pixelated }
-"""
+from mteo_deploy.page import page
+from mteo_deploy.pictures import Pictures
 
 
 @dataclass(frozen=True)
@@ -29,10 +23,13 @@ class Report:
     Attributes:
         checks: numbers, canaries, budgets and comparison with an older report, each passed or not.
         latency: ``step``: the evaluations against the conditioned ones; ``sample``: the whole loop; ``loop``: the whole loop
-            against its own engine calls; ``doubts``: why the times are not to be trusted.
+            against its own engine calls; each with the times of its pairs in milliseconds; ``waterfall``: one sampling, as
+            :func:`mteo_deploy.waterfall.record` gives it; ``doubts``: why the times are not to be trusted.
         environment: versions, machine and options it was found with.
         costs: as :func:`mteo_deploy.costs.measure` gives them; empty when they were not asked for, and in older reports.
         bisection: as :func:`mteo_deploy.bisection.bisect` gives it; empty when not asked for, and in older reports.
+        compiler: as :func:`mteo_deploy.inspection.compiler` gives it; empty in older reports.
+        pictures: images after every evaluation, for the page; not in the JSON.
     """
 
     bundle: str
@@ -44,13 +41,22 @@ class Report:
     environment: dict[str, str] = field(default_factory=dict)
     costs: dict[str, Any] = field(default_factory=dict)
     bisection: dict[str, Any] = field(default_factory=dict)
+    compiler: dict[str, Any] = field(default_factory=dict)
+    pictures: Pictures | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def title(self) -> str:
+        """Bundle, engine, device and precision."""
+        return f"{self.bundle} in {self.engine} on {self.device}, {self.precision}"
 
     @property
     def passed(self) -> bool:
         return all(check.passed for check in self.checks)
 
     def to_json(self) -> dict[str, Any]:
-        return {"passed": self.passed, **asdict(self)}
+        found = asdict(replace(self, pictures=None))
+        del found["pictures"]
+        return {"passed": self.passed, **found}
 
     @classmethod
     def read(cls, path: Path) -> Report:
@@ -97,12 +103,17 @@ class Report:
 
     def further_lines(self) -> list[str]:
         """Bisection and costs in words; empty when they were not asked for."""
-        from mteo_deploy import bisection, costs
-
         return [*bisection.lines(self.bisection), *costs.lines(self.costs)]
 
     def save(self, path: Path) -> None:
-        """Write the report: JUnit XML for a path ending in ``.xml``, a page for ``.html``, else JSON."""
+        """Write the report: a page for a path ending in ``.html``, JUnit XML for ``.xml``, one picture for ``.png``, else JSON.
+
+        Raises:
+            MissingPackageError: for a picture without matplotlib.
+        """
+        if path.suffix == ".png":
+            plots.sheet(self, path)
+            return
         if path.suffix == ".html":
             text = page(self)
         elif path.suffix == ".xml":
@@ -111,6 +122,31 @@ class Report:
             text = json.dumps(self.to_json(), indent=1) + "\n"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
+
+
+DRAWN = (".html", ".png")
+"""Endings of the files that show images."""
+
+
+def check_outputs(paths: Sequence[Path], several: bool = False) -> None:
+    """Refuse what cannot be written, before any work is done.
+
+    Args:
+        several: reports of several engines.
+
+    Raises:
+        InputError: for a folder, the same path twice, or one picture of several engines.
+        MissingPackageError: for a picture without matplotlib.
+    """
+    for path in paths:
+        if path.is_dir():
+            raise InputError(f"expected a file at {path}; found a folder; pass another -o")
+        if path.suffix == ".png" and several:
+            raise InputError(f"expected one engine for a picture; found several for {path}; write a page (.html) instead")
+        if path.suffix == ".png":
+            plots.require(path)
+    if len(set(paths)) < len(paths):
+        raise InputError(f"expected every -o once; found {', '.join(map(str, paths))}")
 
 
 def junit(*reports: Report) -> str:
@@ -135,33 +171,3 @@ def _suite(root: ElementTree.Element, report: Report) -> None:
         else:
             ElementTree.SubElement(case, "failure", message=check.detail)
     ElementTree.SubElement(suite, "system-out").text = "\n".join(report.latency_lines() + report.further_lines())
-
-
-def _checks(report: Report) -> str:
-    rows = "".join(
-        f'<tr><td>{escape(c.name)}</td><td class="{"ok" if c.passed else "failed"}">{"ok" if c.passed else "FAILED"}</td>'
-        f"<td>{escape(c.detail)}</td></tr>"
-        for c in report.checks
-    )
-    return f"<table><tr><th>check</th><th></th><th>found</th></tr>{rows}</table>"
-
-
-def page(*reports: Report, picture: Path | None = None, caption: str = "") -> str:
-    """One HTML page with a picture (PNG, embedded) and the checks and latency of each report."""
-    parts = []
-    if picture is not None:
-        data = base64.b64encode(picture.read_bytes()).decode()
-        parts.append(f'<p><img alt="{escape(caption)}" src="data:image/png;base64,{data}"></p><p>{escape(caption)}</p>')
-    for report in reports:
-        verdict = "verified" if report.passed else "NOT verified"
-        where = f"{report.bundle} in {report.engine} on {report.device}, {report.precision}"
-        parts.append(f"<h2>{escape(where)}: {verdict}</h2>")
-        parts.append(_checks(report))
-        parts += [f"<p>{escape(line)}</p>" for line in report.latency_lines() + report.further_lines()]
-        rows = "".join(f"<tr><td>{escape(k)}</td><td>{escape(v)}</td></tr>" for k, v in report.environment.items())
-        parts.append(f"<table>{rows}</table>" if rows else "")
-    body = "\n".join(parts)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>mteo-deploy report</title>'
-        f"<style>{STYLE}</style></head>\n<body><h1>mteo-deploy report</h1>\n{body}\n</body></html>\n"
-    )

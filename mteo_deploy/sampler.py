@@ -170,9 +170,14 @@ class Sampler:
 
         return cls(bundle, open_graph, realisation or ("table" if other else built.record["realisation"]), other, built)
 
-    def reopen(self) -> Sampler:
-        """A second sampler of the same kind, with engine sessions of its own."""
-        return Sampler(*self._arguments)
+    def reopen(self, around: Callable[[str, Session], Session] = lambda graph, session: session) -> Sampler:
+        """A second sampler of the same kind, with engine sessions of its own.
+
+        Args:
+            around: from a graph's name and its session to the session to use.
+        """
+        bundle, open_graph, realisation, tables, built = self._arguments
+        return Sampler(bundle, lambda graph: around(graph, open_graph(graph)), realisation, tables, built)
 
     def built_engine(self, what: str) -> Built:
         """The built engine it was opened from.

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mteo_deploy import __version__, bisection, latency, numerics
+from mteo_deploy import __version__, bisection, inspection, latency, numerics, pictures, waterfall
 from mteo_deploy.costs import measure_costs
 from mteo_deploy.errors import InputError
 from mteo_deploy.gates import Budgets, against, check_comparable
@@ -27,7 +27,7 @@ def measure(sampler: Sampler, batch: int, seconds: float) -> dict[str, Any]:
     """The sampler's realisation against ordinary time conditioning, interleaved, same backbone, same engine, same plan.
 
     ``step`` compares the engine calls alone (ours compute the solver's update too), ``sample`` the whole sampling loops
-    (the ordinary one computes its update in numpy), ``loop`` our loop with its own engine calls.
+    (the ordinary one computes its update in numpy), ``loop`` our loop with its own engine calls. ``waterfall`` is one sampling.
     """
     plan = sampler.plan
     noise = noise_for(sampler.bundle.sample_shape, 0, range(batch))
@@ -55,6 +55,7 @@ def measure(sampler: Sampler, batch: int, seconds: float) -> dict[str, Any]:
         "realisation": sampler.loop.name,
         "evaluations": len(plan.evaluations),
         "doubts": doubts,
+        "waterfall": waterfall.record(sampler, noise, given, seconds=seconds / 3),
         **{name: one.to_json(ratios=True) for name, one in found.items()},
     }
 
@@ -87,6 +88,7 @@ def verify(
     older: Report | None = None,
     bisect: bool = False,
     costs: bool = False,
+    draw: bool = True,
     quiet: bool = False,
 ) -> Report:
     """Verify a bundle in an engine.
@@ -99,6 +101,7 @@ def verify(
         older: a report to be no slower than.
         bisect: where an evaluation departs, find the first layer that does (:mod:`mteo_deploy.bisection`).
         costs: measure what sampling costs in all other ways too (:mod:`mteo_deploy.costs`); takes a minute or more.
+        draw: keep images after every evaluation for a page or a picture; the reference trajectory only where it is cheap.
 
     Raises:
         InputError: for a budget without a latency part, a batch or time out of range, a report of something else, or
@@ -120,6 +123,7 @@ def verify(
         bisection.check_possible(sampler)
     if costs:
         sampler.built_engine("--costs")
+    found = replace(found, compiler=inspection.compiler(sampler.bundle.manifest))
     if older is not None:  # said before the work, not after it
         planned = {"batch": batch, "evaluations": len(sampler.plan.evaluations)} if seconds > 0 else {}
         check_comparable(older, replace(found, latency=planned))
@@ -134,7 +138,7 @@ def verify(
         "canaries": lambda: numerics.canaries(sampler, tolerance["batch"]),
     }
     with reporter(quiet) as report:
-        task = report.task("verifying", len(parts) + (seconds > 0) + bisect + costs)
+        task = report.task("verifying", len(parts) + (seconds > 0) + bisect + costs + draw)
         for name, part in parts.items():
             checks += part()
             report.advance(task, 1, name)
@@ -147,6 +151,9 @@ def verify(
         if costs:
             found = replace(found, costs=measure_costs(sampler, batch, seconds or 3.0))
             report.advance(task, 1, "costs")
+        if draw:
+            found = replace(found, pictures=pictures.collect(sampler))
+            report.advance(task, 1, "images")
     checks += budgets.checks(numerics.image_error(sampler) if budgets.max_error is not None else 0.0, measured)
     found = replace(found, checks=checks, latency=measured, environment=environment(sampler))
     return found if older is None else replace(found, checks=checks + against(older, found))

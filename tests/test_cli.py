@@ -19,7 +19,7 @@ from mteo_deploy.cli import main
 from mteo_deploy.embeddings import EmbeddingSet
 from mteo_deploy.sampler import Sampler
 
-VERBS = ("distill", "export", "build", "sample", "verify", "profile", "inspect")
+VERBS = ("distill", "export", "build", "sample", "verify", "profile", "bench", "inspect")
 QUICK = ["--trajectories", "16", "--iterations", "2", "--batch", "8"]
 
 

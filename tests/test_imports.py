@@ -62,6 +62,8 @@ def test_the_block_blocks() -> None:
         "sampler",
         "verification",
         "inspection",
+        "report",
+        "benchmarking",
         "engines.build",
         "engines.onnxruntime",
         "engines.openvino",
@@ -71,7 +73,7 @@ def test_the_block_blocks() -> None:
 )
 def test_no_heavy_import(module: str) -> None:
     """Where the packages are there, they are not loaded either."""
-    heavy = "{'torch', 'onnx', 'onnx_ir', 'onnxscript', 'diffusers', 'onnxruntime', 'rich', 'PIL'}"
+    heavy = "{'torch', 'onnx', 'onnx_ir', 'onnxscript', 'diffusers', 'onnxruntime', 'rich', 'PIL', 'matplotlib'}"
     done = python(f"import sys, mteo_deploy.{module}; print(sorted({heavy} & set(sys.modules)))")
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
 

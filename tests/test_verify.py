@@ -23,8 +23,9 @@ from mteo_deploy.errors import InputError
 from mteo_deploy.gates import Budgets
 from mteo_deploy.latency import OtherPrograms, bootstrap_median, compare, processor_seconds
 from mteo_deploy.numerics import psnr, relative_error, worst_region
+from mteo_deploy.page import page
 from mteo_deploy.realisations import Baked
-from mteo_deploy.report import Report, page
+from mteo_deploy.report import Report
 from mteo_deploy.sampler import Sampler
 from mteo_deploy.verification import verify
 
