@@ -5,20 +5,20 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import signal
-import time
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from helpers import altered
 from test_tensorrt_bindings import World, make_world
 
 from mteo_deploy.bundle import Bundle
 from mteo_deploy.engines import backend
 from mteo_deploy.engines import tensorrt as ours
-from mteo_deploy.engines.build import build
 from mteo_deploy.engines.options import read
 from mteo_deploy.errors import EngineError, InputError
 from mteo_deploy.profiling import GROUPS
@@ -207,26 +207,40 @@ def test_progress(world: World, tiny_bundle: Path) -> None:
     assert "Timing" in bars.notes
 
 
-def test_interrupt_stops_the_builder(world: World, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+INTERRUPTED = """
+import os, signal, sys, time
+import pytest
+from test_tensorrt_bindings import make_world
+from mteo_deploy import build
+
+world, steps = make_world(pytest.MonkeyPatch()), []
+
+def step(monitor, phase, index):
+    if not steps:
+        os.kill(os.getpid(), signal.SIGINT)
+    for _ in range(1000):
+        steps.append(index)
+        if not monitor.step_complete(phase, 0):
+            return False
+        time.sleep(0.01)
+    return True
+
+world.step = step
+try:
+    build(sys.argv[1], engine="tensorrt", realisation="baked", engine_options={"timing_cache": sys.argv[2]}, quiet=True)
+except KeyboardInterrupt:
+    print("interrupted after", len(steps))
+"""
+
+
+def test_interrupt_stops_the_builder(tiny_bundle: Path, tmp_path: Path) -> None:
     """Ctrl-C while TensorRT works in its thread: it is told to stop, and nothing is left behind."""
-    steps, file = [], tmp_path / "timing.cache"
-
-    def step(monitor: Any, phase: str, index: int) -> bool:
-        if not steps:
-            os.kill(os.getpid(), signal.SIGINT)
-        for _ in range(1000):
-            steps.append(index)
-            if not monitor.step_complete(phase, 0):
-                return False
-            time.sleep(0.01)
-        return True
-
-    monkeypatch.setattr(world, "step", step)
-    path = tmp_path / "bundle"
-    shutil.copytree(tiny_bundle, path, ignore=shutil.ignore_patterns("engines"))
-    with pytest.raises(KeyboardInterrupt):
-        build(path, engine="tensorrt", realisation="baked", engine_options={"timing_cache": file}, quiet=True)
-    assert 0 < len(steps) < 1000
+    path, file = altered(tiny_bundle, tmp_path / "bundle"), tmp_path / "timing.cache"
+    command = [sys.executable, "-c", INTERRUPTED, str(path), str(file)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    steps = re.fullmatch(r"interrupted after (\d+)\n", done.stdout)
+    assert steps and 0 < int(steps[1]) < 1000, done.stdout + done.stderr
     assert not (path / "engines").exists() and not file.exists()
 
 
