@@ -107,9 +107,8 @@ def build_plan(device: Shared, path: Path, graph: str, options: Mapping[str, Any
     monitor = progress_monitor(report or Silent(), Path(graph).stem)
     config.progress_monitor = monitor
     with ThreadPoolExecutor(1) as thread:
-        building = thread.submit(builder.build_serialized_network, network, config)
         try:
-            plan = building.result()
+            plan = thread.submit(builder.build_serialized_network, network, config).result()
         except KeyboardInterrupt:
             monitor.cancelled = True  # and the thread is waited for on the way out
             raise

@@ -157,7 +157,7 @@ class World:
             "EngineInspector.get_engine_information": lambda format: json.dumps({"Layers": self.layers, "I/O Tensors": []}),
             "Builder.build_serialized_network": lambda n, c: None if "build" in self.refuse or not self.phases() else b"plan",
             "IBuilderConfig.create_timing_cache": self._timing_cache,
-            "IBuilderConfig.set_timing_cache": lambda cache, mismatch: "foreign" not in cache.given,
+            "IBuilderConfig.set_timing_cache": lambda cache, mismatch: mismatch or "foreign" not in cache.given,
             "ICudaEngine.streamable_weights_size": 5 << 20,
             "ICudaEngine.get_weight_streaming_automatic_budget": lambda: 3 << 20,
             "OnnxParserRefitter.num_errors": 1,

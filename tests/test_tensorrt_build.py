@@ -19,6 +19,7 @@ from test_tensorrt_bindings import World, make_world
 from mteo_deploy.bundle import Bundle
 from mteo_deploy.engines import backend
 from mteo_deploy.engines import tensorrt as ours
+from mteo_deploy.engines.cache import key_parts
 from mteo_deploy.engines.options import read
 from mteo_deploy.errors import EngineError, InputError
 from mteo_deploy.profiling import GROUPS
@@ -187,6 +188,8 @@ def test_timing_cache(world: World, tiny_bundle: Path, tmp_path: Path) -> None:
     opened(tiny_bundle, timing_cache=str(file))
     assert dict(world.calls)["IBuilderConfig.create_timing_cache"] == (b"earlier",)
     assert file.read_bytes() == b"timing"
+    bundle, given = Bundle.open(tiny_bundle), {"threads": 1, "engine_options": {"strip": "on", "timing_cache": str(file)}}
+    assert key_parts(bundle, ours.BACKEND, "cuda", given)["options"] == {"threads": 1, "engine_options": {"strip": "on"}}
 
 
 @pytest.mark.parametrize("content", [b"damaged", b"foreign"])
