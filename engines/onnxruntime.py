@@ -126,7 +126,8 @@ class OnnxRuntimeBackend:
             raise EngineError(f"expected a device out of {', '.join(PROVIDERS)} for onnxruntime; found {device!r}")
         settings = onnxruntime.SessionOptions()
         settings.log_severity_level = 3
-        settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+        level = options.get("graph_optimization", "ORT_ENABLE_ALL")
+        settings.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
         if profile is not None:
             settings.enable_profiling = True
             settings.profile_file_prefix = profile
