@@ -25,6 +25,7 @@ from mteo_deploy.exporters.passes.fix_batch import FixBatch
 from mteo_deploy.exporters.passes.fold import Fold
 from mteo_deploy.exporters.passes.runner import PassReport, Size, run_passes
 from mteo_deploy.exporters.passes.share import Share, WeightFile, content_hash
+from mteo_deploy.exporters.passes.views import Views
 from mteo_deploy.exporters.steps import Steps
 from mteo_deploy.exporters.tabulate import tabulate
 from mteo_deploy.exporters.trace import trace_generic, trace_time_embedding
@@ -136,7 +137,7 @@ def compile_bundle(
         report.advance(task, 1, "baked")
     prelude = write(steps.prelude, steps.prelude_passes, "prelude.onnx") if steps.prelude else None
     only_here = WeightFile(directory / "graphs" / "conditioned.bin", parent=weights)
-    written = write(conditioned, run_passes(conditioned, [Fold()]), "conditioned.onnx", only_here)
+    written = write(conditioned, run_passes(conditioned, [Fold(), Views()]), "conditioned.onnx", only_here)
     report.advance(task, 1, "conditioned")
     ordered = {name: realisations[name] for name in NAMES if name in realisations}
     return Compiled(ordered, written, graphs, prelude, size, steps.site_report(), options)

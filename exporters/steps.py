@@ -27,6 +27,7 @@ from mteo_deploy.exporters.passes.hoist import Hoist
 from mteo_deploy.exporters.passes.runner import PassReport, run_passes
 from mteo_deploy.exporters.passes.share import Share, WeightFile
 from mteo_deploy.exporters.passes.update import Update, keeps
+from mteo_deploy.exporters.passes.views import Views
 from mteo_deploy.exporters.preludes import join_preludes, merge_outputs
 from mteo_deploy.exporters.trace import embedding_input
 from mteo_deploy.plan import Plan
@@ -54,7 +55,7 @@ class Steps:
         size: tuple[int, ...] = (2, 2),
     ) -> None:
         self.template, self.plan, self.options, self.size = generic, plan, options, size
-        run_passes(generic, [Fold()])
+        run_passes(generic, [Fold(), Views()])
         names = [value.name or "" for value in generic.graph.inputs[1:] if value.name not in requests]
         self.embeddings, self.time_part = names, split_time_part(generic, names)
         self.hoisted: dict[str, str] = {}

@@ -18,6 +18,7 @@ import torch
 from onnx_ir.passes import common
 
 from mteo_deploy.exporters.base import Adapter
+from mteo_deploy.exporters.slim import slim
 
 OPSET = 20
 IR_VERSION = 10  # engines lag behind the exporter's newest
@@ -67,6 +68,7 @@ def _export(module: torch.nn.Module, args: tuple[Any, ...], inputs: list[str], o
     common.ClearMetadataAndDocStringPass()(model)  # stack traces, larger than the graph itself
     for value in list(model.graph.initializers.values()):  # the backbone's own names, as its user knows them
         value.name = (value.name or "").removeprefix("adapter.network.")
+    slim(model)
     return model
 
 
