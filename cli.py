@@ -45,13 +45,14 @@ def _verb(function: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+def _table(title: str, columns: list[str], rows: list[list[str]], words: int = 1) -> None:
+    """Print a table whose first ``words`` columns are words; the others are numbers, aligned to the right."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", show_edge=False)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right")
+        table.add_column(column, justify="left" if i < words else "right")
     for row in rows:
         table.add_row(*row)
     console = Console()
@@ -438,7 +439,7 @@ def verify(
     every = [report] if isinstance(report, Report) else report.every
     for one in every:
         title = "" if one is report else f"{one.engine} on {one.device}, {one.precision}"
-        _table(title, ["check", "", "found"], [[c.name, "ok" if c.passed else "FAILED", c.detail] for c in one.checks])
+        _table(title, ["check", "", "found"], [[c.name, "ok" if c.passed else "FAILED", c.detail] for c in one.checks], 3)
         click.echo("")
         for line in one.latency_lines() + one.further_lines():
             click.echo(line)
@@ -521,7 +522,7 @@ def bench(bundles: tuple[Path, ...], batch: str, outputs: tuple[Path, ...], as_j
         _emit(found.to_json())
         return
     for size in found.batches:
-        _table(f"batch {size}", COLUMNS, found.rows(size))
+        _table(f"batch {size}", COLUMNS, found.rows(size), words=2)
         click.echo("")
     for line in found.lines():
         click.echo(line)

@@ -96,9 +96,13 @@ def page(*reports: Report, picture: Path | None = None, caption: str = "") -> st
 
 
 def _report(report: Report, name: str) -> str:
-    failed = sum(not check.passed for check in report.checks)
+    failed = [check.name for check in report.checks if not check.passed]
     verdict = "verified" if report.passed else "NOT verified"
-    count = f"{len(report.checks)} checks passed" if report.passed else f"{failed} of {len(report.checks)} checks failed"
+    count = (
+        f"{len(report.checks)} checks passed"
+        if report.passed
+        else f"{len(failed)} of {len(report.checks)} checks failed: {', '.join(failed)}"
+    )
     sections = {
         "Images": _pictures(report.pictures),
         "Numbers": _numbers(report.checks, name),
@@ -111,7 +115,7 @@ def _report(report: Report, name: str) -> str:
     kind, mark = ("ok", "✓") if report.passed else ("failed", "✗")
     return (
         f'<h2 id="{name}">{escape(report.title)}: {verdict}</h2>\n'
-        f'<p><span class="verdict {kind}">{mark} {verdict}</span> {count}</p>'
+        f'<p><span class="verdict {kind}">{mark} {verdict}</span> {escape(count)}</p>'
         + _tiles(report)
         + "\n".join(f"<section><h3>{title}</h3>\n{body}</section>" for title, body in sections.items() if body)
     )
@@ -124,11 +128,10 @@ def _paragraphs(lines: Iterable[str]) -> str:
 def _tiles(report: Report) -> str:
     """The figures that a reader looks for first."""
     tiles: list[tuple[str, str, str]] = []
-    free = [check for check in report.checks if check.name == "trajectory" and check.errors and check.errors[-1] is not None]
-    for check in free:
-        tiles.append(
-            ("error of the images", f"{check.errors[-1]:.1e}", f"relative, against torch; allowed {check.allowed:.0e}")
-        )
+    for check in report.checks:
+        if check.name == "trajectory" and check.errors:
+            error = "not finite" if check.errors[-1] is None else f"{check.errors[-1]:.1e}"
+            tiles.append(("error of the images", error, f"relative, against torch; allowed {check.allowed:.0e}"))
     if report.latency:
         loop, sample = report.latency["loop"], report.latency["sample"]
         many = f"batch {report.latency['batch']}, {report.latency['evaluations']} evaluations"

@@ -121,8 +121,8 @@ def errors(checks: Sequence[Check]) -> Draw | None:
         for name, colour, marker, found, of in lines:
             if not of:
                 continue
-            places = [(i, one) for i, one in enumerate(found) if one]  # zero has no place on a logarithmic axis
-            axes.plot([i for i, _ in places], [e for _, e in places], color=colour, marker=marker, ms=5, lw=1.4, label=name)
+            shown = [one or np.nan for one in found]  # zero has no place on a logarithmic axis
+            axes.plot(range(len(found)), shown, color=colour, marker=marker, ms=5, lw=1.4, label=name)
             allowed = of[0].allowed or 0.0
             axes.axhline(allowed, color=colour, lw=1.2, ls="--")
             axes.annotate(
@@ -131,12 +131,14 @@ def errors(checks: Sequence[Check]) -> Draw | None:
             )  # fmt: skip
             for i in (i for i, one in enumerate(found) if one is None):
                 axes.axvline(i, color=colour, ls=":", lw=1.5)
-                axes.annotate("not finite", (i, 0.5), xycoords=("data", "axes fraction"), rotation=90, color=colour)
+                axes.annotate(
+                    "not finite ", (i, 0.04), xycoords=("data", "axes fraction"), rotation=90, ha="right", color=colour
+                )
         count = max(len(found) for *_, found, _ in lines)
         axes.set(xlabel="evaluation", ylabel="relative error", yscale="log", xlim=(-0.4, count - 0.6), xticks=range(count))
         low, high = axes.get_ylim()
         axes.set_ylim(low / 2, high * 4)
-        axes.legend(loc="center right")
+        axes.legend()
 
     return draw if forced or free else None
 
@@ -156,7 +158,7 @@ def times(latency: Mapping[str, Any]) -> Draw | None:
         low, high, _ = limits(sample)
         axes.set_xlim(low - 0.05 * (high - low), high + 0.05 * (high - low))
         axes.set(xlabel="one sampling, milliseconds", ylabel="share that took at most so long", ylim=(0, 1.02))
-        axes.legend(loc="lower right")
+        axes.legend()
 
     return draw
 

@@ -164,8 +164,9 @@ class Tradeoff:
                 f"Error against time at batch {batch}, both better when smaller. The line joins what no other candidate beats "
                 "in both. Numbers: evaluations."
             )
-            parts.append(f"<section><h3>Batch {batch}</h3>{figure(draw(self.at(batch)), f'b{batch}', caption, 3.6)}")
-            parts.append(f"{table(COLUMNS, self.rows(batch), numeric=2)}</section>")
+            drawing = figure(draw(self.at(batch)), f"b{batch}", caption, 3.6)
+            made = table(COLUMNS, self.rows(batch), numeric=2)
+            parts.append(f'<section><h3>Batch {batch}</h3><div class="beside">{made}{drawing}</div></section>')
         parts += [no_plots(), f"<h3>Environment</h3>{table(['', ''], [[k, v] for k, v in self.environment.items()])}"]
         return document("mteo-deploy bench", "\n".join(parts))
 

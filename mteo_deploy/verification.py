@@ -55,7 +55,7 @@ def measure(sampler: Sampler, batch: int, seconds: float) -> dict[str, Any]:
         "realisation": sampler.loop.name,
         "evaluations": len(plan.evaluations),
         "doubts": doubts,
-        "waterfall": waterfall.record(sampler, noise, given, seconds=seconds / 3),
+        "waterfall": waterfall.record(sampler, noise, given, seconds=seconds / 10),
         **{name: one.to_json(ratios=True) for name, one in found.items()},
     }
 
@@ -65,7 +65,7 @@ def environment(sampler: Sampler) -> dict[str, str]:
     found = {
         "mteo-deploy": __version__,
         "python": platform.python_version(),
-        "system": f"{platform.platform()}, {os.cpu_count()} processors",
+        "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors",
     }
     if sampler.built is not None:
         parts = sampler.built.record["parts"]
