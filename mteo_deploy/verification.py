@@ -128,7 +128,6 @@ def verify(
         planned = {"batch": batch, "evaluations": len(sampler.plan.evaluations)} if seconds > 0 else {}
         check_comparable(older, replace(found, latency=planned))
     tolerance = numerics.TOLERANCE[sampler.precision]
-    measured: dict[str, Any] = {}
     checks: list[Check] = []
     parts: dict[str, Callable[[], list[Check]]] = {
         "noise": lambda: [numerics.seed_check(sampler)],
@@ -137,23 +136,21 @@ def verify(
         "other size": lambda: numerics.size_checks(sampler, tolerance["trajectory"]),
         "canaries": lambda: numerics.canaries(sampler, tolerance["batch"]),
     }
+    asked: dict[str, tuple[bool, Callable[[], Any]]] = {  # by the report's fields
+        "latency": (seconds > 0, lambda: measure(sampler, batch, seconds)),
+        "bisection": (bisect, lambda: bisection.to_json(bisection.bisect(sampler))),
+        "costs": (costs, lambda: measure_costs(sampler, batch, seconds or 3.0)),
+        "pictures": (draw, lambda: pictures.collect(sampler)),
+    }
     with reporter(quiet) as report:
-        task = report.task("verifying", len(parts) + (seconds > 0) + bisect + costs + draw)
+        task = report.task("verifying", len(parts) + sum(wanted for wanted, _ in asked.values()))
         for name, part in parts.items():
             checks += part()
             report.advance(task, 1, name)
-        if seconds > 0:
-            measured = measure(sampler, batch, seconds)
-            report.advance(task, 1, "latency")
-        if bisect:
-            found = replace(found, bisection=bisection.to_json(bisection.bisect(sampler)))
-            report.advance(task, 1, "bisection")
-        if costs:
-            found = replace(found, costs=measure_costs(sampler, batch, seconds or 3.0))
-            report.advance(task, 1, "costs")
-        if draw:
-            found = replace(found, pictures=pictures.collect(sampler))
-            report.advance(task, 1, "images")
-    checks += budgets.checks(numerics.image_error(sampler) if budgets.max_error is not None else 0.0, measured)
-    found = replace(found, checks=checks, latency=measured, environment=environment(sampler))
+        for name, (wanted, find) in asked.items():
+            if wanted:
+                found = replace(found, **{name: find()})
+                report.advance(task, 1, name)
+    checks += budgets.checks(numerics.image_error(sampler) if budgets.max_error is not None else 0.0, found.latency)
+    found = replace(found, checks=checks, environment=environment(sampler))
     return found if older is None else replace(found, checks=checks + against(older, found))
