@@ -254,8 +254,8 @@ def test_set_of_another_backbone(tiny_model: Path, learned: EmbeddingSet, tmp_pa
 
 def test_unsupported_model_class(tiny_model: Path, tiny_embeddings: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(tiny_model, tmp_path / "copy"))
-    edit_json(copy / "model_index.json", lambda index: index.update(unet=["diffusers", "UNet2DConditionModel"]))
-    with pytest.raises(InputError, match=r"expected a backbone of class UNet2DModel.*has.*unet: UNet2DConditionModel"):
+    edit_json(copy / "model_index.json", lambda index: index.update(unet=["diffusers", "UNet3DConditionModel"]))
+    with pytest.raises(InputError, match=r"expected a backbone of class UNet2DModel.*has.*unet: UNet3DConditionModel"):
         export(tmp_path / "b", model=copy, embeddings=tiny_embeddings, quiet=True)
 
 

@@ -111,6 +111,8 @@ def slow(sampler: Sampler, graph: str, seconds: float) -> Sampler:
 
         def save(self, directory: Path, graph: str) -> None: ...
 
+        def close(self) -> None: ...
+
     return sampler.reopen(lambda name, session: Slow(session) if name == graph else session)
 
 
@@ -141,6 +143,8 @@ def test_waterfall_of_prelude_and_fused_loop(tiny_bundle: Path) -> None:
             return []
 
         def save(self, directory: Path, graph: str) -> None: ...
+
+        def close(self) -> None: ...
 
     entry = {"graph": "graphs/prelude.onnx", "inputs": [], "outputs": []}
     bundle = replace(good.bundle, manifest={**good.bundle.manifest, "prelude": entry})

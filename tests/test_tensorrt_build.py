@@ -216,6 +216,7 @@ import pytest
 from test_tensorrt_bindings import make_world
 from mteo_deploy import build
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may have had it ignored
 world, steps = make_world(pytest.MonkeyPatch()), []
 
 def step(monitor, phase, index):
