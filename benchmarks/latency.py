@@ -40,7 +40,8 @@ def lean(engine: Backend, bundle: Bundle, options: dict[str, Any], name: str, ba
     """Whole loops of a realisation: with every weight once in memory, against as `build` opens it."""
     noise, requests = noise_for(bundle.sample_shape, 0, range(batch)), bundle.reference_requests(batch)
     a, b = (
-        Sampler(bundle, functools.partial(open_graph, engine, bundle, every), name) for every in ({**options, **LEAN}, options)
+        Sampler(bundle, functools.partial(open_graph, engine, bundle, every), name)
+        for every in ({**options, "engine_options": LEAN}, options)
     )
     found = latency.compare(lambda: a.states(noise, requests), lambda: b.states(noise, requests), seconds=seconds)
     return {"batch": batch, "realisation": name, "lean": found.to_json()}
