@@ -55,7 +55,7 @@ class TensorRtSession:
     def __init__(self, device: _Device, plan: bytes, graph: str, prepare: Callable[[Any], bool]) -> None:
         import tensorrt as trt
 
-        self.device, self._plan, self._graph = device, plan, graph
+        self.device, self._plan, self._graph, self._closed = device, plan, graph, False
         engine = device.runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise EngineError(f"tensorrt could not read the plan of {graph}; build again")
@@ -72,7 +72,7 @@ class TensorRtSession:
             (self._inputs if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT else self._outputs)[name] = kind
 
     def run(self, feeds: Values) -> list[Any]:
-        if self._context is None:
+        if self._closed:
             raise closed()
         if feeds.keys() != self._inputs.keys():  # a missing one would keep what the last run was given
             raise EngineError(f"expected the inputs {sorted(self._inputs)}; found {sorted(feeds)}")
@@ -123,7 +123,10 @@ class TensorRtSession:
         (directory / f"{stem}.layers.json").write_text(self._inspect(), encoding="utf-8")
 
     def close(self) -> None:
-        self._context = self._engine = None
+        if not self._closed:
+            self._closed = True
+            del self._context  # before the engine that it belongs to
+            del self._engine
 
     def _inspect(self) -> str:
         """The layers of the plan, in JSON."""

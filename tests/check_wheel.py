@@ -30,7 +30,7 @@ SPOILED = {
     },
     "engines/tensorrt.py": {
         "refitter.get_missing_weights()": "refitter.get_missing_weight()",
-        "engine.streamable_weights_size": "engine.streamable_weights_size()",
+        "budget_v2 < engine.streamable_weights_size": "budget_v2 < engine.streamable_weights_size()",
         ".LayerInformationFormat.JSON": ".LayerInformationFormat.TEXT",
         "trt.OnnxParserRefitter(refitter, logger)": "trt.OnnxParserRefitter(logger, refitter)",
     },
