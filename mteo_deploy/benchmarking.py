@@ -20,7 +20,6 @@ from mteo_deploy.engines import cache
 from mteo_deploy.engines.base import PRECISIONS
 from mteo_deploy.errors import InputError
 from mteo_deploy.numerics import relative_error
-from mteo_deploy.plan import Plan
 from mteo_deploy.progress import Reporter, reporter
 from mteo_deploy.requests import Arrays
 from mteo_deploy.sampler import Array, Sampler, noise_for
@@ -75,7 +74,7 @@ class Candidate:
         noise, given = noise_for(self.bundle.sample_shape, seed, range(batch)), self.bundle.reference_requests(batch)
         if self.plain:
             return lambda: sampler.conditioned_states(self.bundle.plan, noise, given)
-        return lambda: sampler.states(noise, given)
+        return lambda: sampler.image(noise, given)
 
 
 def bench(
@@ -141,10 +140,6 @@ def bench(
     return Tradeoff.of(points, reference=reference, images=num, seed=seed, rounds=rounds, doubts=doubts, environment=versions)
 
 
-def _reference_plan(bundle: Bundle) -> Plan:
-    return Plan.from_json(bundle.manifest["reference"]["plan"])
-
-
 def check_one_backbone(bundles: Sequence[Bundle]) -> None:
     """Refuse what has no reference trajectory in common.
 
@@ -201,9 +196,9 @@ def _errors(candidates: Sequence[Candidate], num: int, seed: int, report: Report
     """
     source = min(
         (one for one in candidates if not one.plain),
-        key=lambda one: (PRECISIONS.index(one.built.precision), -len(_reference_plan(one.bundle).evaluations)),
+        key=lambda one: (PRECISIONS.index(one.built.precision), -len(one.bundle.reference_plan.evaluations)),
     )
-    plan, requests = _reference_plan(source.bundle), source.bundle.reference_requests(num)
+    plan, requests = source.bundle.reference_plan, source.bundle.reference_requests(num)
     task = report.task("reference trajectory", num)
     expected = source.open().conditioned(plan, num, seed, PER_CALL, lambda count: report.advance(task, count), requests)
     task, errors = report.task("errors", len(candidates)), []

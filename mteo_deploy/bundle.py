@@ -133,6 +133,11 @@ class Bundle:
     def plan(self) -> Plan:
         return Plan.from_json(self.manifest["plan"])
 
+    @cached_property
+    def reference_plan(self) -> Plan:
+        """The plan of the reference trajectory, to be run on the backbone with ordinary time conditioning."""
+        return Plan.from_json(self.manifest["reference"]["plan"])
+
     @property
     def sample_shape(self) -> tuple[int, ...]:
         """Shape of one sample, ``(channels, height, width)``."""

@@ -200,7 +200,7 @@ class Sampler:
     @property
     def reference_plan(self) -> Plan:
         """The plan of the reference trajectory, to be run on the backbone with ordinary time conditioning."""
-        return Plan.from_json(self.bundle.manifest["reference"]["plan"])
+        return self.bundle.reference_plan
 
     def states(self, noise: Array, requests: Arrays | None = None) -> list[Array]:
         """Run the loop from standard normal noise: the state after each evaluation; the last one is the image.

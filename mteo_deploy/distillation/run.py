@@ -23,7 +23,7 @@ from mteo_deploy.distillation.trajectories import Trajectories, reference_trajec
 from mteo_deploy.embeddings import EmbeddingSet
 from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.base import Adapter, load_backbone
-from mteo_deploy.plan import Plan, default_substeps, run
+from mteo_deploy.plan import Plan, default_substeps, reference_plan, run
 from mteo_deploy.progress import Reporter, reporter
 from mteo_deploy.requests import Arrays, draw_all, read
 
@@ -237,7 +237,11 @@ def distill(
     deltas = {site.name: student.delta.detach()[:, i].contiguous().numpy() for i, site in enumerate(adapter.sites)}
     training = {
         "recipe": asdict(recipe),
-        "reference": {"solver": "heun", "evaluations": 2 * substeps * plan.steps, "seconds": round(reference_seconds, 1)},
+        "reference": {
+            "solver": "heun",
+            "evaluations": len(reference_plan(plan, adapter.levels, substeps).evaluations),
+            "seconds": round(reference_seconds, 1),
+        },
         "parameters": student.delta.numel(),
         "share_of_backbone": student.delta.numel() / adapter.parameter_count,
         "seconds": round(seconds, 1),
