@@ -40,43 +40,11 @@ from train_classifier import SIZE, Classifier, load, to_float
 from mteo_deploy.bundle import MANIFEST, Bundle, sha256_file
 from mteo_deploy.errors import MteoError
 from mteo_deploy.progress import Reporter, reporter
+from mteo_deploy.quality import Statistics, frechet_distance, gap_closed
 from mteo_deploy.sampler import Sampler
 
 Array = NDArray[np.float32]
 SURE = 0.9
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """A Gaussian fitted to features: mean float64 ``[features]``, covariance float64 ``[features, features]``."""
-
-    mean: NDArray[np.float64]
-    covariance: NDArray[np.float64]
-
-    @classmethod
-    def of(cls, features: NDArray[Any]) -> Statistics:
-        """Fit features ``[count, features]``."""
-        wide = np.asarray(features, dtype=np.float64)
-        return cls(wide.mean(axis=0), np.atleast_2d(np.cov(wide, rowvar=False)))
-
-
-def square_root(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Symmetric square root of a positive semidefinite matrix; eigenvalues that rounding made negative count as zero."""
-    values, vectors = np.linalg.eigh(matrix)
-    return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-
-
-def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """Squared Fréchet distance of two Gaussians, ``|m_a - m_b|^2 + Tr(C_a + C_b - 2 (C_a C_b)^(1/2))``.
-
-    Heusel et al. 2017 (arXiv 1706.08500), eq. 6; closed form by Dowson & Landau 1982. The trace of the root is taken as
-    the sum of the singular values of ``C_a^(1/2) C_b^(1/2)``, whose squares are the eigenvalues of ``C_a C_b``: no
-    square root of an unsymmetric matrix, so nothing turns complex where features never fire and the product is singular.
-    """
-    difference = a.mean - b.mean
-    root_trace = np.linalg.svd(square_root(a.covariance) @ square_root(b.covariance), compute_uv=False).sum()
-    distance = difference @ difference + np.trace(a.covariance) + np.trace(b.covariance) - 2 * root_trace
-    return max(float(distance), 0.0)
 
 
 @torch.inference_mode()
@@ -196,14 +164,8 @@ class Benchmark:
             "solver": plan.solver,
             "schedule": plan.schedule,
             **found,
-            "gap_closed": gap_closed(found),
+            "gap_closed": gap_closed(*(found[name]["frechet"] for name in ("plain", "mteo", "reference"))),
         }
-
-
-def gap_closed(found: dict[str, dict[str, float]]) -> float | None:
-    """Share of the Fréchet distance between plain and reference that MTEO removes; None where there is no gap."""
-    plain, mteo, reference = (found[name]["frechet"] for name in ("plain", "mteo", "reference"))
-    return (plain - mteo) / (plain - reference) if plain > reference else None
 
 
 def check_shared(first: Bundle, bundle: Bundle) -> None:

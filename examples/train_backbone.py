@@ -11,67 +11,28 @@ an uninterrupted one would have seen.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import math
 import os
-import tarfile
 import time
-import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
-
-
-def iterate_files(source: Path) -> Iterator[bytes]:
-    """Yield the bytes of every image file in a folder, zip or tar, in name order for folders and zips."""
-    if source.is_dir():
-        for path in sorted(source.rglob("*")):
-            if path.suffix.lower() in IMAGE_SUFFIXES:
-                yield path.read_bytes()
-    elif zipfile.is_zipfile(source):
-        with zipfile.ZipFile(source) as archive:
-            for name in sorted(archive.namelist()):
-                if Path(name).suffix.lower() in IMAGE_SUFFIXES:
-                    yield archive.read(name)
-    elif tarfile.is_tarfile(source):
-        with tarfile.open(source) as archive:
-            for member in archive:
-                file = archive.extractfile(member) if Path(member.name).suffix.lower() in IMAGE_SUFFIXES else None
-                if file is not None:
-                    yield file.read()
-    else:
-        raise SystemExit(f"{source}: expected an image folder, a zip or tar of one, or an npz; found none of these")
+from mteo_deploy.errors import InputError
+from mteo_deploy.images import read
 
 
 def load_images(source: Path, size: int, channels: int) -> torch.Tensor:
     """Load every image as uint8 ``[count, channels, size, size]``."""
-    mode = {1: "L", 3: "RGB"}[channels]
-
-    def fit(image: Image.Image) -> np.ndarray:
-        image = image.convert(mode)
-        return np.asarray(image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BICUBIC))
-
-    if source.suffix == ".npz":
-        with np.load(source, allow_pickle=False) as arrays:
-            found = [arrays[name] for name in arrays if arrays[name].dtype == np.uint8 and arrays[name].ndim in (3, 4)]
-        if not found:
-            raise SystemExit(f"{source}: expected a uint8 array [count, height, width(, channels)]; found none")
-        images = [fit(Image.fromarray(image.squeeze())) for image in found[0]]
-    else:
-        images = [fit(Image.open(io.BytesIO(data))) for data in iterate_files(source)]
-    if not images:
-        raise SystemExit(f"{source}: no images found (endings looked for: {', '.join(sorted(IMAGE_SUFFIXES))})")
-    return torch.from_numpy(np.stack(images)).reshape(len(images), size, size, channels).permute(0, 3, 1, 2).contiguous()
+    try:
+        return torch.from_numpy(read(source, (size, size), channels))
+    except InputError as error:
+        raise SystemExit(str(error)) from None
 
 
 def make_model(args: argparse.Namespace) -> torch.nn.Module:
@@ -100,15 +61,17 @@ def load_model(args: argparse.Namespace, pipeline: Path) -> torch.nn.Module:
 
 class Guided:
     """What a student of autoguidance learns (Karras et al. 2024, arXiv 2406.02507, equation 1): the prediction of a good
-    backbone, moved away from that of a worse one of the same kind, ``worse + guidance * (good - worse)``."""
+    backbone, moved away from that of a worse one of the same kind, ``worse + guidance * (good - worse)``, at timesteps inside
+    the interval (Kynkäänniemi et al. 2024, arXiv 2404.07724) and not moved outside it."""
 
-    def __init__(self, good: torch.nn.Module, worse: torch.nn.Module, guidance: float) -> None:
-        self.good, self.worse, self.guidance = good.eval(), worse.eval(), guidance
+    def __init__(self, good: torch.nn.Module, worse: torch.nn.Module, guidance: float, interval: tuple[int, int]) -> None:
+        self.good, self.worse, self.guidance, self.interval = good.eval(), worse.eval(), guidance, interval
 
     @torch.no_grad()
     def __call__(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         good, worse = self.good(x, t).sample.float(), self.worse(x, t).sample.float()
-        return worse + self.guidance * (good - worse)
+        inside = ((t >= self.interval[0]) & (t <= self.interval[1])).view(-1, 1, 1, 1)
+        return torch.where(inside, worse + self.guidance * (good - worse), good)
 
 
 def make_scheduler():
@@ -161,7 +124,9 @@ def train(args: argparse.Namespace, images: torch.Tensor, bar: Progress) -> tupl
     model = make_model(args)
     if args.init:
         model.load_state_dict(load_model(args, args.init).state_dict())
-    guided = Guided(load_model(args, args.init), load_model(args, args.guide), args.guidance) if args.guide else None
+    guided = None
+    if args.guide:
+        guided = Guided(load_model(args, args.init), load_model(args, args.guide), args.guidance, args.guidance_interval)
     ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, betas=(0.9, 0.99))
     checkpoint = Checkpoint(args.output / "checkpoint.safetensors", model, ema, optimizer)
@@ -211,6 +176,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--init", type=Path, help="pipeline directory of the same architecture to start from")
     parser.add_argument("--guide", type=Path, help="worse pipeline to be guided away from: learn INIT's autoguided prediction")
     parser.add_argument("--guidance", type=float, default=2.5, help="weight of autoguidance; 1 is INIT itself")
+    parser.add_argument("--guidance-interval", type=int, nargs=2, default=[0, 999], help="timesteps that are guided")
     parser.add_argument("--size", type=int, default=28, help="height and width in pixels")
     parser.add_argument("--channels", type=int, default=1, choices=(1, 3))
     parser.add_argument("--block-out-channels", type=int, nargs="+", default=[32, 64, 96])

@@ -25,6 +25,7 @@ _PUBLIC = {
     "Budgets": "mteo_deploy.gates",
     "profile": "mteo_deploy.profiling",
     "bench": "mteo_deploy.benchmarking",
+    "evaluate": "mteo_deploy.evaluation",
     "inspect": "mteo_deploy.inspection",
     "Bundle": "mteo_deploy.bundle",
     "EmbeddingSet": "mteo_deploy.embeddings",
@@ -45,6 +46,7 @@ __all__ = [
     "build",
     "compile_plan",
     "distill",
+    "evaluate",
     "export",
     "inspect",
     "profile",
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
     from mteo_deploy.embeddings import EmbeddingSet
     from mteo_deploy.engines.build import build
     from mteo_deploy.errors import MteoError
+    from mteo_deploy.evaluation import evaluate
     from mteo_deploy.exporters.export import export
     from mteo_deploy.gates import Budgets
     from mteo_deploy.inspection import inspect

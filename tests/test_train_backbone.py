@@ -36,8 +36,9 @@ class Constant(torch.nn.Module):
 
 @pytest.mark.parametrize(("guidance", "expected"), [(0.0, 1.0), (1.0, 3.0), (2.5, 6.0)])
 def test_autoguidance(guidance: float, expected: float, script: ModuleType) -> None:
-    guided = script.Guided(Constant(3.0), Constant(1.0), guidance)
-    assert guided(torch.zeros(2, 1, 4, 4), torch.zeros(2)).unique().tolist() == [expected]
+    guided = script.Guided(Constant(3.0), Constant(1.0), guidance, (200, 900))
+    assert guided(torch.zeros(2, 1, 4, 4), torch.tensor([200, 900])).unique().tolist() == [expected]
+    assert guided(torch.zeros(2, 1, 4, 4), torch.tensor([199, 901])).unique().tolist() == [3.0]
 
 
 def train(model: Path, output: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
