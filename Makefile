@@ -9,13 +9,17 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[cpu,openvino,report,train,dev]'
 	touch $(INSTALLED)
 
-.PHONY: demo test check clean
+.PHONY: demo test check results clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/python examples/demo.py -o demo
 
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -q
+
+# The tables and plots of docs/results: make results DATA=DIRECTORY of mnist_train.npz and mnist_test.npz. Hours; it can be stopped.
+results: $(INSTALLED)
+	$(VENV)/bin/python benchmarks/results.py $(DATA) -o docs/results
 
 # Style, the wheel's layout, and types on the unzipped wheel (a run from the root would check nothing).
 check: $(INSTALLED)

@@ -1,0 +1,293 @@
+"""The published tables and plots, from nothing but MNIST: `make results DATA=DIRECTORY`.
+
+Every sampler starts from the same noise, runs on the same frozen backbone in ONNX Runtime and is measured on the same
+features: plain solvers (all of them, screened on fewer images; the best of each count goes on), the neighbours of
+`neighbours.py`, MTEO, and the reference trajectory. What is finished is kept under WORK and not made again; a figure is a line
+of WORK/figures.jsonl, so a stopped run loses at most one.
+
+    python benchmarks/results.py DATA --work runs/results -o docs/results      # DATA/mnist_train.npz, DATA/mnist_test.npz
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from neighbours import METHODS, Budget, Neighbour, learn, numbers, restore
+from numpy.typing import NDArray
+from quality import Statistics, load, mean_squared_error, measure, real_statistics, write
+from results_page import write_page
+from rich.console import Console
+
+from mteo_deploy import assets
+from mteo_deploy.distillation import Recipe, distill
+from mteo_deploy.distillation.trajectories import reference_trajectories
+from mteo_deploy.embeddings import EmbeddingSet
+from mteo_deploy.engines.build import build
+from mteo_deploy.errors import InputError
+from mteo_deploy.exporters.base import Adapter, load_backbone
+from mteo_deploy.exporters.export import export
+from mteo_deploy.plan import Plan, default_substeps
+from mteo_deploy.sampler import Sampler, noise_for
+from mteo_deploy.solvers import SOLVERS
+
+Array = NDArray[np.float32]
+Draw = Callable[[Array], Array]
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+LEARN_SEED = 1_000_000
+DDIM = (10, 20)
+"""Evaluations of plain DDIM that MTEO's few are held against."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to images: ``method`` with ``detail`` (which solver), at a number of evaluations."""
+
+    method: str
+    detail: str
+    evaluations: int
+    draw: Draw
+    learned: int = 0
+    seconds: float | None = None
+
+
+class Figures:
+    """Finished measurements, one JSON line each."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+
+    def find(self, **key: Any) -> dict[str, Any] | None:
+        return next((row for row in self.rows if all(row.get(name) == value for name, value in key.items())), None)
+
+    def add(self, row: dict[str, Any]) -> dict[str, Any]:
+        self.rows.append(row)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        return row
+
+
+class Laboratory:
+    """Backbone, classifier, engine and everything that is made once."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.console = args, Console()
+        self.adapter: Adapter = load_backbone(args.model)
+        self.classifier = load(self._classifier())
+        self.real: Statistics
+        self.real, self.facts = real_statistics(self.classifier, [args.data / "mnist_test.npz"], 0)
+        self.figures = Figures(args.work / "figures.jsonl")
+        self.conditioned = Sampler.load(self.bundle(min(args.counts)))
+        self._references: dict[int, Array] = {}
+
+    def _classifier(self) -> Path:
+        path = self.args.work / "classifier.safetensors"
+        if not path.exists():
+            data = [str(self.args.data / name) for name in ("mnist_train.npz", "mnist_test.npz")]
+            subprocess.run([sys.executable, str(EXAMPLES / "train_classifier.py"), *data, "-o", str(path)], check=True)
+        return path
+
+    def embeddings(self, count: int) -> Path:
+        """The packaged set; one learned here where none is packaged, or for another backbone."""
+        if self.args.model == assets.MODEL:
+            try:
+                return assets.embeddings(count, "euler")
+            except InputError:
+                pass
+        path = self.args.work / "sets" / f"euler-{count}.safetensors"
+        if not path.exists():
+            recipe = Recipe(trajectories=self.args.trajectories, iterations=self.args.iterations)
+            distill(self.args.model, path, steps=count, recipe=recipe)
+        return path
+
+    def bundle(self, count: int) -> Path:
+        path = self.args.work / "bundles" / f"euler-{count}"
+        if not path.exists():
+            export(path, model=self.args.model, embeddings=self.embeddings(count), realisations=("table",), quiet=True)
+            build(path, engine="onnxruntime", realisation="table", quiet=True)
+        return path
+
+    def network(self, state: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """The backbone with ordinary time conditioning, in ONNX Runtime."""
+        feeds = {"state": state.numpy(), "timestep": timestep.reshape(1).numpy()}
+        return torch.from_numpy(np.asarray(self.conditioned.conditioned_session.run(feeds)[0]).copy())
+
+    def noise(self, seed: int, start: int, stop: int) -> Array:
+        return noise_for(self.adapter.sample_shape, seed, range(start, stop))
+
+    def images(self, draw: Draw, seed: int, num: int) -> Array:
+        batch = self.args.batch
+        parts = [draw(self.noise(seed, i, min(i + batch, num))).clip(-1, 1) for i in range(0, num, batch)]
+        return np.concatenate(parts)
+
+    def reference(self, seed: int) -> Array:
+        """The reference trajectory's images: the most expensive ones, kept."""
+        path = self.args.work / f"reference-{seed}-{self.args.num}.npy"
+        if not path.exists():
+            images = self.images(self._plan(self.conditioned.reference_plan), seed, self.args.num)
+            write(path, lambda temporary: np.save(temporary, images))
+        if seed not in self._references:
+            self._references[seed] = np.load(path, allow_pickle=False)
+        return self._references[seed]
+
+    def _plan(self, plan: Plan) -> Draw:
+        return lambda noise: np.asarray(self.conditioned.conditioned_states(plan, noise)[-1])
+
+    # --- the ways ---
+
+    def plain(self, count: int) -> Iterator[Way]:
+        """Every solver that has a plan of this many evaluations."""
+        for name, solver in SOLVERS.items():
+            if count % solver.evaluations_per_interval == 0:
+                plan = self.adapter.compile_plan(count // solver.evaluations_per_interval, name)
+                if len(plan.evaluations) == count:
+                    yield Way("plain", name, count, self._plan(plan))
+
+    def best_plain(self, count: int) -> Way:
+        """By Fréchet distance on the first ``screen`` images of the first seed."""
+        screened = [(self.measure(way, self.args.seeds[0], self.args.screen)["frechet"], way) for way in self.plain(count)]
+        return min(screened, key=lambda pair: pair[0])[1]
+
+    def mteo(self, count: int) -> Way:
+        sampler, found = Sampler.load(self.bundle(count)), EmbeddingSet.load(self.embeddings(count))
+        return Way("MTEO", "euler", count, sampler.image, found.parameters, found.training["seconds"])
+
+    def neighbour(self, method: str, count: int) -> Way:
+        """The better of Euler and iPNDM below it, by the loss it was trained to; learned once."""
+        path = self.args.work / "neighbours" / f"{method.replace(' ', '-')}-{count}.json"
+        if not path.exists():
+            found = [self._learn(method, count, order) for order in range(1, min(count, 3) + 1)]
+            write(path, lambda temporary: temporary.write_text(json.dumps(found)))
+        best = min(json.loads(path.read_text(encoding="utf-8")), key=lambda one: one["loss"])
+        student = restore(self._student(method, count, best["order"]), best["numbers"]).eval()
+
+        @torch.no_grad()
+        def draw(noise: Array) -> Array:
+            return student(torch.from_numpy(noise), self.network).numpy()
+
+        learned = sum(parameter.numel() for parameter in student.parameters())
+        return Way(method, "euler" if best["order"] == 1 else f"ipndm-{best['order']}", count, draw, learned, best["seconds"])
+
+    def _student(self, method: str, count: int, order: int) -> Neighbour:
+        return METHODS[method](self.adapter.levels, self.adapter.compile_plan(count).sigmas, order)
+
+    def _learn(self, method: str, count: int, order: int) -> dict[str, Any]:
+        noise, images = self.trajectories()
+        student, clock = self._student(method, count, order), time.monotonic()
+
+        def network(state: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            return self.adapter(state, *self.adapter.embeddings(timestep.reshape(1)))
+
+        losses = learn(student, network, noise, images, Budget(iterations=self.args.neighbour_iterations))
+        return {
+            "order": order,
+            "loss": float(np.mean(losses[-20:])),
+            "first_loss": losses[0],
+            "seconds": round(time.monotonic() - clock, 1),
+            "numbers": numbers(student),
+        }
+
+    def trajectories(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Noise and images that the neighbours learn from, ``[count, ...]``."""
+        path = self.args.work / f"trajectories-{self.args.trajectories}.npz"
+        if not path.exists():
+            plan = self.adapter.compile_plan(3)
+            made = reference_trajectories(
+                self.adapter,
+                plan,
+                count=self.args.trajectories,
+                seed=LEARN_SEED,
+                batch=64,
+                substeps=default_substeps(plan),
+                progress=lambda count: None,
+            )
+            write(path, lambda temporary: np.savez(temporary, noise=made.noise.numpy(), images=made.states[-1].numpy()))
+        with np.load(path, allow_pickle=False) as arrays:
+            return torch.from_numpy(arrays["noise"]), torch.from_numpy(arrays["images"])
+
+    # --- the figures ---
+
+    def measure(self, way: Way, seed: int, num: int) -> dict[str, Any]:
+        """Fréchet distance, share named above 0.9 and squared error; taken from the file where it stands there."""
+        key = {"method": way.method, "detail": way.detail, "evaluations": way.evaluations, "seed": seed, "num": num}
+        key["backbone"] = self.adapter.fingerprint()[:12]
+        if (found := self.figures.find(**key)) is not None:
+            return found
+        clock = time.monotonic()
+        images, reference = self.images(way.draw, seed, num), self.reference(seed)[:num]
+        error = mean_squared_error(images, reference)
+        row = {**key, "learned": way.learned, "training_seconds": way.seconds, "error": error}
+        row |= measure(self.classifier, images, self.real) | {"seconds": round(time.monotonic() - clock, 1)}
+        self.console.print(
+            f"{way.method} ({way.detail}) {way.evaluations} evaluations, seed {seed}, {num} images: Fréchet distance "
+            f"{row['frechet']:.3f}, error {error:.4f}, {row['seconds']:.0f} s"
+        )
+        return self.figures.add(row)
+
+    def ways(self) -> Iterator[Way]:
+        reference = self.conditioned.reference_plan
+        yield Way("reference", reference.solver, len(reference.evaluations), self._plan(reference))
+        for count in DDIM:
+            yield Way("DDIM", "euler", count, self._plan(self.adapter.compile_plan(count)))
+        for count in self.args.counts:
+            yield self.best_plain(count)
+            yield Way("plain Euler", "euler", count, self._plan(self.adapter.compile_plan(count)))
+            yield self.mteo(count)
+            for method in METHODS:
+                yield self.neighbour(method, count)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="directory of mnist_train.npz and mnist_test.npz (images and labels, uint8)")
+    parser.add_argument("-o", "--output", type=Path, default=Path("docs/results"), help="tables and plots")
+    parser.add_argument("--work", type=Path, default=Path("runs/results"), help="what is made once, and every figure")
+    parser.add_argument("--model", type=Path, default=assets.MODEL, help="another backbone of 28x28 gray images")
+    parser.add_argument("--counts", type=int, nargs="+", default=[2, 3, 4, 5, 6, 8], help="evaluations")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the noise")
+    parser.add_argument("--num", type=int, default=10_000, help="images for each way and seed")
+    parser.add_argument("--screen", type=int, default=1_000, help="images on which plain solvers are screened")
+    parser.add_argument("--batch", type=int, default=250)
+    parser.add_argument("--trajectories", type=int, default=1024, help="reference trajectories to learn from")
+    parser.add_argument("--iterations", type=int, default=400, help="of MTEO, where no set is packaged")
+    parser.add_argument("--neighbour-iterations", type=int, default=120)
+    args = parser.parse_args()
+    for name in ("mnist_train.npz", "mnist_test.npz"):
+        if not (args.data / name).is_file():
+            parser.error(f"expected {name} in {args.data}, arrays images uint8 [n, 28, 28] and labels uint8 [n]; found none")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    laboratory = Laboratory(args)
+    rows, strips = [], {}
+    for way in laboratory.ways():
+        rows += [laboratory.measure(way, seed, args.num) for seed in args.seeds]
+        strips[way.method, way.evaluations] = laboratory.images(way.draw, args.seeds[0], 12)
+    context = {
+        "num": args.num,
+        "seeds": args.seeds,
+        "backbone": laboratory.adapter.fingerprint()[:12],
+        "real": laboratory.facts,
+        "classifier_test_accuracy": laboratory.classifier.test_accuracy,
+        "screened": [row for row in laboratory.figures.rows if row["num"] == args.screen],
+    }
+    write_page(args.output, rows, strips, context)
+    print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+    main()
