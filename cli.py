@@ -111,6 +111,7 @@ def main() -> None:
     bench      bundles, engines and precisions: error against time
     evaluate   quality of the images: Fréchet distance to real ones
     inspect    explain a bundle or an embedding set
+    push, pull a bundle to and from the Hugging Face Hub
     doctor     which engines are here, and how to install the others
     cache      list or clean the built engines of a bundle
 
@@ -665,6 +666,46 @@ def doctor(as_json: bool) -> None:
         for name, option in entry["options"].items():
             default = "the engine's choice" if option["default"] is None else option["default"]
             click.echo(f"  --option {name}={option['takes']} [default: {default}]: {option['help']}")
+
+
+@main.command()
+@click.argument("bundle", type=PATH)
+@click.argument("repository", metavar="ORG/NAME")
+@click.option("--private", is_flag=True, help="Make the repository private, if it is made.")
+@click.option("--revision", help="Branch [default: the repository's own].")
+@json_option
+@_verb
+def push(bundle: Path, repository: str, as_json: bool, **options: Any) -> None:
+    """Upload a bundle to the Hugging Face Hub, with a model card; built engines stay here.
+
+    Example:  mteo-deploy push bundle my-org/mnist-4-steps
+    """
+    from mteo_deploy.hub import push as run
+
+    address = run(bundle, repository, **options)
+    _emit({"repository": repository, "address": address}) if as_json else click.echo(f"pushed {bundle} to {address}")
+
+
+@main.command()
+@click.argument("repository", metavar="ORG/NAME")
+@click.option("-o", "--output", type=PATH, default=Path("bundle"), show_default=True, help="Bundle directory to write.")
+@click.option("--revision", help="Branch, tag or commit [default: the repository's own].")
+@json_option
+@_verb
+def pull(repository: str, output: Path, revision: str | None, as_json: bool) -> None:
+    """Download a bundle from the Hugging Face Hub and check every hash.
+
+    Example:  mteo-deploy pull my-org/mnist-4-steps -o bundle && mteo-deploy build bundle
+    """
+    from mteo_deploy.hub import pull as run
+
+    bundle = run(repository, output, revision=revision)
+    size = sum(entry["bytes"] for entry in bundle.manifest["files"].values())
+    if as_json:
+        _emit({"bundle": str(output), "repository": repository, "bytes": size})
+        return
+    click.echo(f"{output}: {len(bundle.plan.evaluations)} evaluations, {size / 1e6:.2f} MB, all hashes right")
+    click.echo(f"next: mteo-deploy build {output}")
 
 
 @main.group()
