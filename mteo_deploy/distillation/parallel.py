@@ -73,7 +73,7 @@ class Processes:
         """Replace each gradient by its sum over the processes, in one exchange for each type of number."""
         if self._accelerator is None:
             return
-        for dtype in {p.dtype for p in parameters}:
+        for dtype in dict.fromkeys(p.dtype for p in parameters):  # in one order everywhere, which a set has not
             gradients = [p.grad for p in parameters if p.grad is not None and p.dtype == dtype]
             total = self.sum(torch.cat([g.flatten() for g in gradients]))
             for gradient, part in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):
