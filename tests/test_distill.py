@@ -99,29 +99,36 @@ def checkpoint_every_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
 
 
-def test_resumed_run_is_the_uninterrupted_run(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = distill(tiny_model, tmp_path / "whole.safetensors", steps=2, recipe=QUICK, quiet=True)
+@pytest.mark.parametrize("options", [{}, {"share": "time", "learn": ("points", "coefficients")}], ids=["vectors", "numbers"])
+def test_resumed_run_is_the_uninterrupted_run(
+    options: dict[str, Any], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(QUICK, **options)
+    whole = distill(tiny_model, tmp_path / "whole.safetensors", steps=2, recipe=recipe, quiet=True)
     path = tmp_path / "cut.safetensors"
     with monkeypatch.context() as patch:
         checkpoint_every_iteration(patch)
         patch.setattr(training, "objective", Interrupt(at=6))
         with pytest.raises(KeyboardInterrupt):
-            distill(tiny_model, path, steps=2, recipe=QUICK, quiet=True)
+            distill(tiny_model, path, steps=2, recipe=recipe, quiet=True)
     checkpoint = path.with_suffix(".checkpoint.safetensors")
     with safe_open(checkpoint, "pt") as file:
         assert file.metadata()["iteration"] == "5"
     assert not path.exists()
     rest = Interrupt()
     monkeypatch.setattr(training, "objective", rest)
-    resumed = distill(tiny_model, path, steps=2, recipe=QUICK, quiet=True)
+    resumed = distill(tiny_model, path, steps=2, recipe=recipe, quiet=True)
     assert rest.calls == QUICK.iterations - 5
     assert same(resumed, whole) and resumed.training["error_after"] == whole.training["error_after"]
     assert not checkpoint.exists()
-    assert same(EmbeddingSet.load(path), whole)
+    assert same(EmbeddingSet.load(path), whole) and resumed.plan == whole.plan
 
 
-def test_checkpoint_of_other_arguments_is_not_used(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, other = tmp_path / "e.safetensors", replace(QUICK, lr=0.01)
+@pytest.mark.parametrize("options", [{"lr": 0.01}, {"loss": "pseudo-huber"}, {"learn": ("points",)}], ids=str)
+def test_checkpoint_of_other_arguments_is_not_used(
+    options: dict[str, Any], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, other = tmp_path / "e.safetensors", replace(QUICK, **options)
     with monkeypatch.context() as patch:
         checkpoint_every_iteration(patch)
         patch.setattr(training, "objective", Interrupt(at=4))
