@@ -131,7 +131,7 @@ class Laboratory:
     def _open(self, facts: dict[str, Any]) -> dict[str, Any]:
         args = self.args
         arguments = {name: getattr(args, name) for name in ("trajectories", "iterations", "batch", "lr", "bf16", "held_out")}
-        arguments |= {"backbone": self.adapter.fingerprint(), "threads": torch.get_num_threads()}
+        arguments["backbone"] = self.adapter.fingerprint()
         arguments["classifier"] = None if args.classifier is None else sha256_file(args.classifier)
         reference = self.figures(self.reference)
         if not args.output.exists():
@@ -174,6 +174,7 @@ class Laboratory:
         )
         row = {"variant": name, "steps": steps, "seed": seed, "evaluations": len(found.plan.evaluations)}
         row |= {"numbers": found.training["parameters"], "seconds": found.training["seconds"]}
+        row["threads"] = torch.get_num_threads()
         row |= {"recipe": asdict(recipe), "reference": found.training["reference"], "sigmas": list(found.plan.sigmas), **plan}
         row["plain"] = self.figures(images(self.adapter, found, self.noise, args.batch, plain=True))
         drawn = images(self.adapter, found, self.noise, args.batch)
