@@ -68,8 +68,6 @@ class LearnedPlan(torch.nn.Module):
         """The plan with other points between the first and the last, in ``sigma**(1/rho)``."""
         if self.gaps is None:
             return self.start
-        sigmas = self.start.sigmas
-        points = [sigmas[0], *(roots**self.levels.rho).tolist(), sigmas[-1]]
         plan = self.start
         return compile_plan(
             self.levels,
@@ -77,7 +75,7 @@ class LearnedPlan(torch.nn.Module):
             solver=plan.solver,
             schedule=SCHEDULE,
             prediction_type=plan.prediction_type,
-            points=points,
+            points=[plan.sigmas[0], *(roots**self.levels.rho).tolist(), plan.sigmas[-1]],
         )
 
     def _numbers(self, roots: Array) -> Array:

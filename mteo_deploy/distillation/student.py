@@ -23,6 +23,7 @@ class Student(torch.nn.Module):
     """The deltas, and the plan run with them.
 
     Attributes:
+        start: the plan before any of its numbers is learned.
         delta: ``[evaluations, sites, width]``; one site with ``share="step"``; with ``share="time"`` ``[evaluations]``,
             shifts of the timestep over the plan's range of timesteps.
 
@@ -34,10 +35,10 @@ class Student(torch.nn.Module):
         super().__init__()
         self.adapter, self.recipe = (adapter,), recipe  # in a tuple: the backbone's parameters are not ours
         self.learned = LearnedPlan(plan, adapter.levels, recipe.learn) if recipe.learn else None
-        self._plan = plan
+        self.start = plan
         timesteps = [e.timestep for e in plan.evaluations]
         self._span = max(timesteps) - min(timesteps) or 1.0
-        self._device = next(adapter.network.parameters()).device
+        self._device = next(adapter.parameters()).device
         with torch.no_grad():
             self.base = self._embeddings(torch.tensor(timesteps, dtype=torch.float32))
         if recipe.share == "step" and not torch.equal(self.base, self.base[:, :1].expand_as(self.base)):
@@ -55,19 +56,19 @@ class Student(torch.nn.Module):
     @property
     def plan(self) -> Plan:
         """In plain numbers, as learned so far."""
-        return self._plan if self.learned is None else self.learned.plan()
+        return self.start if self.learned is None else self.learned.plan()
 
     def _rows(self, timesteps: torch.Tensor | None) -> torch.Tensor:
         """The embeddings ``[evaluations, sites, width]`` as learned, at other timesteps than the plan's first if given."""
         if self.recipe.share == "time":
-            at = torch.tensor([e.timestep for e in self._plan.evaluations]) if timesteps is None else timesteps
+            at = torch.tensor([e.timestep for e in self.start.evaluations]) if timesteps is None else timesteps
             return self._embeddings(at.to(self._device, torch.float32) + self._span * self.delta)
         return (self.base if timesteps is None else self._embeddings(timesteps)) + self.delta
 
     def forward(self, noise: torch.Tensor, requests: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         """States after every evaluation; stepwise, no gradient goes from one step to the one before."""
         numbers = None if self.learned is None else self.learned.numbers()
-        plan = self._plan if self.learned is None else self.learned.with_numbers(numbers)
+        plan = self.start if self.learned is None else self.learned.with_numbers(numbers)
         rows = self._rows(None if numbers is None else numbers[:, 0])
 
         def network(i: int, state: torch.Tensor) -> torch.Tensor:
@@ -101,7 +102,7 @@ class Student(torch.nn.Module):
         """
         if self.recipe.share != "none":
             raise InputError(f"expected --share none with --init, whose vectors are the sites' own; found {self.recipe.share}")
-        evaluations, given = len(self._plan.evaluations), len(found.plan.evaluations)
+        evaluations, given = len(self.start.evaluations), len(found.plan.evaluations)
         if evaluations != given:
             raise InputError(f"expected --init with a set of {evaluations} evaluations; found {given}; pass --steps as it has")
         sites = self.adapter[0].sites

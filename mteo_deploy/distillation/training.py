@@ -63,7 +63,7 @@ def _step(
     part = data.take(drawn).to(processes.device)
     with torch.autocast(processes.device.type, torch.bfloat16, enabled=recipe.bf16):
         states = student(part.noise, part.requests)
-    loss = objective(states, part.states, student.plan, recipe, features) * (len(drawn) / recipe.batch)
+    loss = objective(states, part.states, student.start, recipe, features) * (len(drawn) / recipe.batch)
     total = processes.sum(loss.detach())
     if not torch.isfinite(total):
         raise InputError(f"the loss is {total.item()} at iteration {iteration}; lower --lr (now {recipe.lr})")

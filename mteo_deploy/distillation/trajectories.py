@@ -105,7 +105,8 @@ def reference_trajectories(
     requests = adapter.draw_requests(count, seed, given)
     path = None
     if cache is not None:
-        path = _path(cache, adapter.fingerprint(), fine.to_json(), substeps, list(noise.shape), seed, digest(given))
+        drawn = digest({name: values.numpy() for name, values in requests.items()})
+        path = _path(cache, adapter.fingerprint(), fine.to_json(), substeps, list(noise.shape), seed, drawn)
         if path.exists():
             progress(count)
             return Trajectories.load(path)
