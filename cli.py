@@ -134,6 +134,15 @@ def main() -> None:
 @click.option("--seed", type=int, default=1_000_000, show_default=True)
 @click.option("--bf16", is_flag=True, help="Train under bf16 autocast.")
 @click.option("--requests", type=PATH, help="npz to learn from: what the backbone wants beside the noise, [rows, ...] each.")
+@click.option("--teacher", default="heun", show_default=True, help="Solver of the reference trajectories.")
+@click.option("--teacher-evaluations", type=int, help="Evaluations of a reference trajectory, at least [default: about 36].")
+@click.option("--share", default="none", show_default=True, help="none: a vector per site; step: a vector; time: a number.")
+@click.option("--objective", default="end-to-end", show_default=True, help="end-to-end or stepwise.")
+@click.option("--loss", default="squared", show_default=True, help="squared or pseudo-huber.")
+@click.option("--learn", default="", help="Of the plan, too: points, coefficients, by comma [default: neither].")
+@click.option("--init", type=PATH, help="Embedding set to start from, perhaps another backbone's.")
+@click.option("--cache", type=PATH, help="Directory that keeps reference trajectories for the next run.")
+@click.option("--device", help="cpu or cuda [default: what torch has].")
 @json_option
 @quiet_option
 @_verb
@@ -144,19 +153,25 @@ def distill(
     schedule: str | None,
     output: Path,
     requests: Path | None,
+    learn: str,
+    init: Path | None,
+    cache: Path | None,
+    device: str | None,
     as_json: bool,
     quiet: bool,
     **recipe: Any,
 ) -> None:
     """Learn an embedding set for a frozen backbone.
 
-    An interrupted run goes on where it was when called again with the same arguments.
+    An interrupted run goes on where it was when called again with the same arguments. Several GPUs: accelerate launch -m
+    mteo_deploy.cli distill ...; see docs/distillation.md.
 
     Example:  mteo-deploy distill --model my-pipeline --steps 4 -o euler-4.safetensors
     """
     from mteo_deploy import assets
     from mteo_deploy.distillation import Recipe
     from mteo_deploy.distillation import distill as run
+    from mteo_deploy.distillation.parallel import is_main
 
     result = run(
         model or assets.MODEL,
@@ -164,10 +179,15 @@ def distill(
         steps=steps,
         solver=solver,
         schedule=schedule,
-        recipe=Recipe(**recipe),
+        recipe=Recipe(**recipe, learn=tuple(_names(learn))),
         requests=requests,
+        init=init,
+        cache=cache,
+        device=device,
         quiet=quiet or as_json,
     )
+    if not is_main():
+        return
     training = result.training
     if as_json:
         _emit({"output": str(output), "sha256": result.sha256(), **training})

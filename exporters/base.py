@@ -107,7 +107,7 @@ class Adapter(ABC, torch.nn.Module):
 
     def at_timestep(self, state: torch.Tensor, timestep: float, **requests: torch.Tensor) -> torch.Tensor:
         """The network with its own, ordinary time conditioning."""
-        return self(state, *self.embeddings(torch.tensor([timestep], dtype=state.dtype)), **requests)
+        return self(state, *self.embeddings(torch.tensor([timestep], dtype=state.dtype, device=state.device)), **requests)
 
     def draw_requests(self, count: int, seed: int, given: Arrays | None = None) -> dict[str, torch.Tensor]:
         """Request inputs for ``count`` images, to learn from and to compare with: rows of ``given``, or random ones."""

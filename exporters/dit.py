@@ -54,7 +54,7 @@ class DiTAdapter(Adapter):
     def forward(self, state: torch.Tensor, *embeddings: torch.Tensor, **requests: torch.Tensor) -> torch.Tensor:
         self._queues = [[embedding] for embedding in embeddings[:-1]]
         self._queues[0].append(embeddings[-1])  # the model calls block 0's MLP again, for its output
-        timestep = torch.zeros(1, dtype=torch.int64)
+        timestep = torch.zeros(1, dtype=torch.int64, device=state.device)
         try:
             output = self.network(state, timestep=timestep, class_labels=requests["class_labels"], return_dict=False)[0]
         finally:

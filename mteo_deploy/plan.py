@@ -237,12 +237,15 @@ def _check_range(points: Sequence[float], levels: Levels) -> None:
         )
 
 
-def run(plan: Plan, noise: Any, network: Callable[[int, Any], Any]) -> Sequence[Any]:
+def run(
+    plan: Plan, noise: Any, network: Callable[[int, Any], Any], between: Callable[[Any], Any] | None = None
+) -> Sequence[Any]:
     """The loop, for numpy arrays and torch tensors alike: the state after every evaluation, the last one the image.
 
     Args:
         noise: standard normal ``[batch, ...]``.
         network: ``(evaluation index, state) -> output``.
+        between: what the state and everything kept goes through at each time point on its way to the next; None: nothing.
     """
     state = noise * plan.initial_scale
     kept: list[Any] = []
@@ -257,6 +260,8 @@ def run(plan: Plan, noise: Any, network: Callable[[int, Any], Any]) -> Sequence[
                 state = state + weight * quantity
         del kept[plan.history + 1 :]
         states.append(state)
+        if between is not None and row.time_point is not None:
+            state, kept = between(state), [between(quantity) for quantity in kept]
     return states
 
 

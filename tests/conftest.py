@@ -32,7 +32,7 @@ from mteo_deploy.sampler import Sampler
 ROOT = Path(__file__).parent.parent
 MODEL = "--size 8 --block-out-channels 16 32 --attention-levels 1 --attention-head-dim 16 --norm-num-groups 8"
 TRAINING = "--iterations 300 --batch 64 --warmup 20 --no-autocast --threads 1"
-SMALL = Recipe(trajectories=64, iterations=40, batch=32, substeps=4)
+SMALL = Recipe(trajectories=64, iterations=40, batch=32, teacher_evaluations=24)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from mteo_deploy.distillation import Recipe, distill, run
+from mteo_deploy.distillation import Recipe, distill, run, training
 from mteo_deploy.distillation.trajectories import reference_trajectories
 from mteo_deploy.embeddings import EmbeddingSet
 from mteo_deploy.errors import InputError
@@ -22,7 +22,7 @@ from mteo_deploy.exporters.base import Adapter, load_backbone
 from mteo_deploy.plan import compile_plan
 from mteo_deploy.sampler import noise_for
 
-QUICK = Recipe(trajectories=32, iterations=8, batch=16, substeps=3)
+QUICK = Recipe(trajectories=32, iterations=8, batch=16, teacher_evaluations=12)
 
 
 def same(a: EmbeddingSet, b: EmbeddingSet) -> bool:
@@ -85,7 +85,7 @@ class Interrupt:
     """Stands in for the loss: counts its calls and raises KeyboardInterrupt at one of them."""
 
     def __init__(self, at: int | None = None) -> None:
-        self.calls, self.at, self.loss = 0, at, run._delta_loss
+        self.calls, self.at, self.loss = 0, at, training.objective
 
     def __call__(self, *args: Any) -> torch.Tensor:
         self.calls += 1
@@ -96,39 +96,46 @@ class Interrupt:
 
 def checkpoint_every_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = itertools.count(step=31)
-    monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
 
 
-def test_resumed_run_is_the_uninterrupted_run(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = distill(tiny_model, tmp_path / "whole.safetensors", steps=2, recipe=QUICK, quiet=True)
+@pytest.mark.parametrize("options", [{}, {"share": "time", "learn": ("points", "coefficients")}], ids=["vectors", "numbers"])
+def test_resumed_run_is_the_uninterrupted_run(
+    options: dict[str, Any], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(QUICK, **options)
+    whole = distill(tiny_model, tmp_path / "whole.safetensors", steps=2, recipe=recipe, quiet=True)
     path = tmp_path / "cut.safetensors"
     with monkeypatch.context() as patch:
         checkpoint_every_iteration(patch)
-        patch.setattr(run, "_delta_loss", Interrupt(at=6))
+        patch.setattr(training, "objective", Interrupt(at=6))
         with pytest.raises(KeyboardInterrupt):
-            distill(tiny_model, path, steps=2, recipe=QUICK, quiet=True)
+            distill(tiny_model, path, steps=2, recipe=recipe, quiet=True)
     checkpoint = path.with_suffix(".checkpoint.safetensors")
     with safe_open(checkpoint, "pt") as file:
         assert file.metadata()["iteration"] == "5"
     assert not path.exists()
     rest = Interrupt()
-    monkeypatch.setattr(run, "_delta_loss", rest)
-    resumed = distill(tiny_model, path, steps=2, recipe=QUICK, quiet=True)
+    monkeypatch.setattr(training, "objective", rest)
+    resumed = distill(tiny_model, path, steps=2, recipe=recipe, quiet=True)
     assert rest.calls == QUICK.iterations - 5
     assert same(resumed, whole) and resumed.training["error_after"] == whole.training["error_after"]
     assert not checkpoint.exists()
-    assert same(EmbeddingSet.load(path), whole)
+    assert same(EmbeddingSet.load(path), whole) and resumed.plan == whole.plan
 
 
-def test_checkpoint_of_other_arguments_is_not_used(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, other = tmp_path / "e.safetensors", replace(QUICK, lr=0.01)
+@pytest.mark.parametrize("options", [{"lr": 0.01}, {"loss": "pseudo-huber"}, {"learn": ("points",)}], ids=str)
+def test_checkpoint_of_other_arguments_is_not_used(
+    options: dict[str, Any], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, other = tmp_path / "e.safetensors", replace(QUICK, **options)
     with monkeypatch.context() as patch:
         checkpoint_every_iteration(patch)
-        patch.setattr(run, "_delta_loss", Interrupt(at=4))
+        patch.setattr(training, "objective", Interrupt(at=4))
         with pytest.raises(KeyboardInterrupt):
             distill(tiny_model, path, steps=2, recipe=QUICK, quiet=True)
     counted = Interrupt()
-    monkeypatch.setattr(run, "_delta_loss", counted)
+    monkeypatch.setattr(training, "objective", counted)
     distill(tiny_model, path, steps=2, recipe=other, quiet=True)
     assert counted.calls == other.iterations
 

@@ -177,7 +177,7 @@ def test_labels_matter_and_belong_to_their_image(class_bundle: Path) -> None:
 
 
 def test_distill_lowers_the_error(class_model: Path, tmp_path: Path) -> None:
-    recipe = Recipe(trajectories=16, iterations=8, batch=16, substeps=2, lr=0.02)
+    recipe = Recipe(trajectories=16, iterations=8, batch=16, teacher_evaluations=8, lr=0.02)
     found = distill(class_model, tmp_path / "e.safetensors", steps=2, recipe=recipe, quiet=True)
     assert found.training["error_after"] < found.training["error_before"]
     bundle = export(tmp_path / "b", model=class_model, embeddings=found, quiet=True)

@@ -149,7 +149,7 @@ def test_engine_is_torch(
 
 def test_distill_for_flow_matching(tiny_model: Path, tmp_path: Path) -> None:
     model = with_scheduler(tiny_model, tmp_path / "model", config_of("FlowMatchEulerDiscreteScheduler", {}))
-    recipe = Recipe(trajectories=32, iterations=20, batch=16, substeps=3)
+    recipe = Recipe(trajectories=32, iterations=20, batch=16, teacher_evaluations=18)
     found = distill(model, tmp_path / "flow.safetensors", steps=3, recipe=recipe, quiet=True)
     assert found.plan.prediction_type == "flow_prediction" and found.plan.schedule == "time-uniform"
     assert found.training["error_after"] < 0.9 * found.training["error_before"]

@@ -126,7 +126,7 @@ def test_verify(bundle: Path) -> None:
 
 
 def test_distill_learns_from_given_prompts(model: Path, adapter: Adapter, tmp_path: Path) -> None:
-    recipe = Recipe(trajectories=8, iterations=6, batch=8, substeps=2, lr=0.02)
+    recipe = Recipe(trajectories=8, iterations=6, batch=8, teacher_evaluations=8, lr=0.02)
     np.savez(tmp_path / "prompts.npz", **{name: v.numpy() for name, v in adapter.draw_requests(5, 3).items()})
     found = distill(model, tmp_path / "e.safetensors", steps=2, recipe=recipe, requests=tmp_path / "prompts.npz", quiet=True)
     assert found.training["error_after"] < found.training["error_before"]
