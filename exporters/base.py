@@ -172,10 +172,14 @@ class Adapter(ABC, torch.nn.Module):
 def families() -> dict[str, type[Adapter]]:
     """Network class name -> adapter."""
     from mteo_deploy.exporters.dit import DiTAdapter
+    from mteo_deploy.exporters.flux import FluxAdapter
+    from mteo_deploy.exporters.pixart import PixArtAdapter
+    from mteo_deploy.exporters.sd3 import SD3Adapter
     from mteo_deploy.exporters.unet2d import UNet2DAdapter
     from mteo_deploy.exporters.unet2d_condition import UNet2DConditionAdapter
 
     adapters: tuple[type[Adapter], ...] = (UNet2DAdapter, UNet2DConditionAdapter, DiTAdapter)
+    adapters += (PixArtAdapter, SD3Adapter, FluxAdapter)
     return {adapter.family: adapter for adapter in adapters}
 
 
@@ -197,7 +201,9 @@ def _named(spec: str) -> type[Adapter]:
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f"expected an adapter as package.module:Class that can be imported; found {spec!r} ({error})") from None
+        raise InputError(
+            f"expected an adapter as package.module:Class that can be imported; found {spec!r} ({error})"
+        ) from None
     if not (isinstance(found, type) and issubclass(found, Adapter)):
         raise InputError(f"expected a subclass of mteo_deploy.exporters.base.Adapter; {spec} is {found!r}")
     return found
@@ -239,6 +245,8 @@ def load_backbone(
     found = cls.load(model, {}) if cls is not None and own else _load_part(cls, model)
     found.source = model.name
     found.set_size(*(size or found.sample_shape[-2:]))
+    if tokens is not None and tokens < 1:
+        raise InputError(f"expected --tokens of 1 or more; found {tokens}")
     if tokens is not None:
         found.set_tokens(tokens)
     return found.requires_grad_(False).eval()
@@ -253,8 +261,8 @@ def _load_part(cls: type[Adapter] | None, model: Path) -> Adapter:
     if network is None:
         found = ", ".join(f"{name}: {part}" for name, part in parts.items() if part) or "no networks"
         raise InputError(
-            f"expected a backbone of class {', '.join([*known, *others])}; {model} has {found}; name an adapter of its own with "
-            "--adapter package.module:Class"
+            f"expected a backbone of class {', '.join([*known, *others])}; {model} has {found}; name an adapter of its own "
+            "with --adapter package.module:Class"
         )
     chosen = known[parts[network]] if parts[network] in known else _named(others[parts[network]])
     scheduler = _read_json(model / "scheduler" / "scheduler_config.json", "the noise schedule", WAY_OUT)

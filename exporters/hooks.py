@@ -2,7 +2,8 @@
 
 Most networks call a layer of each block with the time embedding as an argument. A hook before the layer puts another in its
 place, while the adapter runs; at any other time the network is what it was. What requests add to the time embedding (a class,
-pooled text, sizes) is added by the network itself: the hooks make the time's part zero there, and find the rest in the argument.
+pooled text, sizes) is added by the network itself: the hooks make the time's part zero there, and find the rest in the
+argument.
 """
 
 from __future__ import annotations
@@ -16,6 +17,19 @@ from typing import Any
 import torch
 
 from mteo_deploy.exporters.base import Adapter, Site
+
+
+class Broadcast:
+    """Stands for a ``[1, width]`` tensor in a block that would have it ``[batch, ...]``, and lets it broadcast instead.
+
+    Repeated for a batch that is open, it could not be folded (see :mod:`~mteo_deploy.exporters.trace`).
+    """
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self.values = values
+
+    def reshape(self, batch: Any, *shape: int) -> torch.Tensor:
+        return self.values.reshape(1, *shape)
 
 
 class HookedAdapter(Adapter):
@@ -57,8 +71,8 @@ class HookedAdapter(Adapter):
 
         module.register_forward_hook(hook)
 
-    def meet(self, index: int, found: torch.Tensor) -> torch.Tensor:
-        """The embedding of a site: the given one, and what requests add to it."""
+    def meet(self, index: int, found: torch.Tensor) -> Any:
+        """What a site's module gets in the place of ``found``: the given embedding, and what requests add to it."""
         return self._given[index] + found if self._silenced else self._given[index]
 
     def forward(self, state: torch.Tensor, *embeddings: torch.Tensor, **requests: torch.Tensor) -> torch.Tensor:

@@ -57,6 +57,19 @@ def test_attributes_that_are_defaults_go(convolutions: ir.Model) -> None:
     onnx.checker.check_model(ir.to_proto(convolutions), full_check=True)
 
 
+def test_a_squeeze_of_more_than_one_is_none() -> None:
+    """As torch has it; the dimension of one goes, and the one that is not known is left to the checker."""
+    for axis, left in ((1, 0), (0, 1)):
+        node = helper.make_node("Squeeze", ["a", "axis"], ["b"])
+        found = model_of([node, helper.make_node("Neg", ["b"], ["y"])], ["batch", 2, 6, 6], axis=np.array([axis], np.int64))
+        slim(found)
+        assert [node.op_type for node in found.graph] == ["Squeeze"] * left + ["Neg"]
+    one = helper.make_node("Unsqueeze", ["a", "axis"], ["b"]), helper.make_node("Squeeze", ["b", "axis"], ["y"])
+    found = model_of(list(one), ["batch", 2, 6, 6], axis=np.array([1], np.int64))
+    slim(found)
+    assert [node.op_type for node in found.graph] == ["Unsqueeze", "Squeeze"]
+
+
 def test_names(convolutions: ir.Model) -> None:
     """Parameters, inputs and outputs keep theirs; a layer's node has the layer's, once; nothing is called like an input."""
     slim(convolutions)

@@ -175,7 +175,7 @@ def _digest(given: Arrays | None) -> str:
 
 
 def distill(
-    model: Path | str,
+    model: Path | str | Adapter,
     output: Path | str,
     *,
     steps: int,
@@ -188,7 +188,8 @@ def distill(
     """Learn an embedding set and write it to ``output``.
 
     Args:
-        model: diffusers pipeline directory; its network is frozen.
+        model: diffusers pipeline directory, or a backbone that :func:`~mteo_deploy.exporters.base.load_backbone` gave; its
+            network is frozen.
         output: the ``.safetensors`` file to write; a checkpoint lies beside it while the run lasts, and a second call
             with the same arguments goes on from there.
         steps: intervals of the schedule (evaluations, for solvers with one evaluation per interval).
@@ -206,7 +207,7 @@ def distill(
     output = Path(output)
     if output.suffix != ".safetensors":
         raise InputError(f"expected an output file ending in .safetensors; found {output}")
-    adapter = load_backbone(Path(model))
+    adapter = model if isinstance(model, Adapter) else load_backbone(Path(model))
     plan = adapter.compile_plan(steps, solver, schedule)
     output.parent.mkdir(parents=True, exist_ok=True)
     fingerprint = adapter.fingerprint()
