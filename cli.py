@@ -264,14 +264,14 @@ def export(
             ]
         )
     _table("", ["graph", "nodes", "parameters", "bytes", "weights folded away"], rows)
-    size = sum(entry["bytes"] for entry in bundle.manifest["files"].values())
+    total = sum(entry["bytes"] for entry in bundle.manifest["files"].values())
     click.echo(f"sites: {_sites_line(compiler['sites'])}")
     refused = [f"{graph['graph']}: {problem}" for graph in compiler["graphs"] for problem in graph["tensorrt"]]
     click.echo(
         f"TensorRT would refuse: {'; '.join(refused)}" if refused else "TensorRT's parser has every operator and type used"
     )
     click.echo(
-        f"{output}: {len(bundle.plan.evaluations)} evaluations, {', '.join(bundle.realisations)}, {size / 1e6:.2f} MB, "
+        f"{output}: {len(bundle.plan.evaluations)} evaluations, {', '.join(bundle.realisations)}, {total / 1e6:.2f} MB, "
         f"{bundle.manifest['export_seconds']:.1f} s"
     )
     click.echo(f"next: mteo-deploy build {output}")
