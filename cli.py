@@ -622,7 +622,7 @@ def inspect(
         from mteo_deploy.exporters.base import load_backbone
         from mteo_deploy.exporters.describe import describe
 
-        backbone = describe(load_backbone(model, adapter, None if size is None else _size(size), tokens))
+        backbone = describe(load_backbone(model, adapter, None if size is None else _size(size), tokens, weights=False))
         _emit(backbone) if as_json else _show_backbone(backbone)
         return
     if path is None or model is not None:

@@ -117,6 +117,25 @@ class Adapter(ABC, torch.nn.Module):
         length = "no prompt" if self.tokens is None else f"prompts of {self.tokens} tokens"
         raise InputError(f"expected no --tokens for {self.family}, which takes {length}; found {tokens}")
 
+    @classmethod
+    def outline(cls, network_dir: Path, scheduler_config: dict[str, Any]) -> Adapter:
+        """The network of a diffusers model directory without its weights, on the meta device.
+
+        Raises:
+            InputError: when there is no configuration that fits it.
+        """
+        if not hasattr(cls, "network_class"):
+            return cls.load(network_dir, scheduler_config)
+        try:
+            with torch.device("meta"):
+                network = cls.network_class.from_config(cls.network_class.load_config(network_dir))
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"expected {cls.family}'s config.json in {network_dir}; {str(error).splitlines()[0]}") from None
+        return cls(network, scheduler_config)
+
+    def serve(self, pipeline: str) -> None:
+        """Take on what the name of the pipeline's class says beyond the network's configuration."""
+
     @abstractmethod
     def embeddings(self, timestep: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The pretrained embedding of each site at continuous timesteps: ``[count]`` -> ``[count, width]`` per site.
@@ -222,7 +241,11 @@ def _read_json(path: Path, what: str, way_out: str) -> dict[str, Any]:
 
 
 def load_backbone(
-    model: Path, adapter: str | None = None, size: tuple[int, int] | None = None, tokens: int | None = None
+    model: Path,
+    adapter: str | None = None,
+    size: tuple[int, int] | None = None,
+    tokens: int | None = None,
+    weights: bool = True,
 ) -> Adapter:
     """Load a backbone, frozen, in float32 on the CPU: the denoising network of a diffusers pipeline directory, or what an
     adapter of yours reads.
@@ -232,6 +255,7 @@ def load_backbone(
             ours or one that an installed package registers.
         size: height and width of the states; None for the backbone's own.
         tokens: length of a prompt, padded; None for the backbone's own.
+        weights: without them a diffusers network is on the meta device: its structure alone, whatever its size.
 
     Raises:
         InputError: for a directory that is no diffusers pipeline, or a network class without an adapter.
@@ -242,7 +266,7 @@ def load_backbone(
             f"expected a diffusers pipeline directory at {model}; found {'a file' if model.exists() else 'nothing'}; {WAY_OUT}"
         )
     own = cls is not None and not (model / INDEX).exists()
-    found = cls.load(model, {}) if cls is not None and own else _load_part(cls, model)
+    found = cls.load(model, {}) if cls is not None and own else _load_part(cls, model, weights)
     found.source = model.name
     found.set_size(*(size or found.sample_shape[-2:]))
     if tokens is not None and tokens < 1:
@@ -252,7 +276,7 @@ def load_backbone(
     return found.requires_grad_(False).eval()
 
 
-def _load_part(cls: type[Adapter] | None, model: Path) -> Adapter:
+def _load_part(cls: type[Adapter] | None, model: Path, weights: bool) -> Adapter:
     """The network of a pipeline directory that ``cls`` serves; None: the first that any adapter serves."""
     index = _read_json(model / INDEX, "a diffusers pipeline's model_index.json", WAY_OUT)
     parts = {name: entry[1] for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
@@ -266,7 +290,9 @@ def _load_part(cls: type[Adapter] | None, model: Path) -> Adapter:
         )
     chosen = known[parts[network]] if parts[network] in known else _named(others[parts[network]])
     scheduler = _read_json(model / "scheduler" / "scheduler_config.json", "the noise schedule", WAY_OUT)
-    return chosen.load(model / network, scheduler)
+    adapter = (chosen.load if weights else chosen.outline)(model / network, scheduler)
+    adapter.serve(str(index.get("_class_name")))
+    return adapter
 
 
 def site_dict(sites: Sequence[Site]) -> dict[str, int]:

@@ -8,14 +8,12 @@ So embedder and projection are gone from a step graph, and without sizes all mod
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import PixArtTransformer2DModel
 
-from mteo_deploy.exporters.base import Adapter, Site
+from mteo_deploy.exporters.base import Site
 from mteo_deploy.exporters.hooks import Broadcast, HookedAdapter
 from mteo_deploy.requests import Request
 
@@ -48,13 +46,9 @@ class PixArtAdapter(HookedAdapter):
         self.set_tokens(ALPHA_TOKENS)
         self.set_size(size, size)
 
-    @classmethod
-    def load(cls, network_dir: Path, scheduler_config: dict[str, Any]) -> Adapter:
-        """As every adapter; a pipeline that is PixArt-Sigma's by name has its longer prompts."""
-        adapter, index = super().load(network_dir, scheduler_config), network_dir.parent / "model_index.json"
-        if index.is_file() and "Sigma" in str(json.loads(index.read_text(encoding="utf-8")).get("_class_name")):
-            adapter.set_tokens(SIGMA_TOKENS)
-        return adapter
+    def serve(self, pipeline: str) -> None:
+        if "Sigma" in pipeline:
+            self.set_tokens(SIGMA_TOKENS)
 
     def set_tokens(self, tokens: int) -> None:
         self.tokens, config = tokens, self.network.config

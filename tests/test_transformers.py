@@ -38,7 +38,7 @@ from mteo_deploy.distillation import Recipe, distill
 from mteo_deploy.engines.build import build
 from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.base import Adapter, families, load_backbone
-from mteo_deploy.exporters.describe import parameter_times
+from mteo_deploy.exporters.describe import describe, parameter_times
 from mteo_deploy.exporters.export import export
 from mteo_deploy.realisations import NAMES
 from mteo_deploy.sampler import noise_for
@@ -219,6 +219,22 @@ def test_adapter_is_the_model(model: Path, adapter: Adapter) -> None:
         for index in range(len(base)):  # each site has its say
             moved = [one + 0.5 * (i == index) for i, one in enumerate(base)]
             assert relative(adapter(state, *moved, **given).numpy(), expected.numpy()) > 1e-3, adapter.sites[index]
+
+
+@every
+def test_inspect_needs_no_weights(model: Path, adapter: Adapter) -> None:
+    outline = load_backbone(model, size=SIZE, tokens=TOKENS, weights=False)
+    assert next(outline.parameters()).is_meta
+    assert describe(outline) == describe(adapter)
+
+
+def test_pixart_sigma_has_longer_prompts(tmp_path: Path) -> None:
+    pipeline = save_pipeline(tmp_path / "pipeline", pixart(), DDIMScheduler())
+    index = pipeline / "model_index.json"
+    assert load_backbone(pipeline, weights=False).tokens == 120
+    index.write_text(index.read_text().replace("DiffusionPipeline", "PixArtSigmaPipeline"))
+    found = load_backbone(pipeline, weights=False)
+    assert found.tokens == 300 and found.requests[0].shape == (300, 10)
 
 
 @exported
