@@ -32,6 +32,7 @@ class UNet2DConditionAdapter(UNetAdapter):
     family = "UNet2DConditionModel"
     network_class = UNet2DConditionModel
     network: UNet2DConditionModel
+    tokens = TOKENS
 
     def __init__(self, network: UNet2DConditionModel, scheduler_config: dict[str, Any]) -> None:
         super().__init__(network, scheduler_config)

@@ -1,4 +1,5 @@
-"""A network of one's own and its adapter: the kind of NVlabs/edm's SongUNet (Karras et al. 2022), small."""
+"""Networks of one's own and their adapters: the kinds of NVlabs/edm's SongUNet (Karras et al. 2022) and of OpenAI's
+guided-diffusion (Dhariwal & Nichol 2021), small."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from torch.nn.functional import silu
 
 from mteo_deploy.exporters.base import Adapter
 from mteo_deploy.exporters.hooks import HookedAdapter
+from mteo_deploy.requests import Request
 
 
 class Block(nn.Module):
@@ -75,3 +77,65 @@ class SongAdapter(HookedAdapter):
 
     def call(self, state: torch.Tensor, requests: dict[str, torch.Tensor]) -> torch.Tensor:
         return self.network(state, torch.zeros(1, device=state.device))
+
+
+class Residual(nn.Module):
+    """As guided-diffusion's ResBlock with ``use_scale_shift_norm``."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.in_layers = nn.Sequential(nn.GroupNorm(4, channels), nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * channels))
+        self.out_norm, self.out_conv = nn.GroupNorm(4, channels), nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        scale, shift = self.emb_layers(emb)[:, :, None, None].chunk(2, dim=1)
+        return x + self.out_conv(silu(self.out_norm(self.in_layers(x)) * (1 + scale) + shift))
+
+
+class Guided(nn.Module):
+    """Predicts the noise and a variance, of ten classes; labels are added to the time embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time_embed = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 16))
+        self.label_emb = nn.Embedding(10, 16)
+        self.enter, self.leave = nn.Conv2d(2, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1)
+        self.blocks = nn.ModuleList(Residual(8, 16) for _ in range(2))
+
+    def sinusoids(self, timesteps: torch.Tensor) -> torch.Tensor:
+        angles = timesteps[:, None] * torch.exp(-torch.arange(4, device=timesteps.device) * 2.3)
+        return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+    def forward(self, x: torch.Tensor, timesteps: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        emb, x = self.time_embed(self.sinusoids(timesteps)) + self.label_emb(y), self.enter(x)
+        for block in self.blocks:
+            x = block(x, emb)
+        return self.leave(x)
+
+
+class GuidedAdapter(HookedAdapter):
+    """Of a file of weights."""
+
+    family = "Guided"
+
+    def __init__(self, network: Guided, scheduler_config: dict[str, Any]) -> None:
+        super().__init__(network, scheduler_config)
+        self.sample_shape = (2, 8, 8)
+        self.requests = (Request("class_labels", "int64", high=10),)
+        self.silence(network.time_embed)
+        for name, module in network.named_modules():
+            if name.endswith("emb_layers"):
+                self.add_site(name, module[1].in_features, module, "input")
+
+    @classmethod
+    def load(cls, network_dir: Path, scheduler_config: dict[str, Any]) -> Adapter:
+        network = Guided()
+        network.load_state_dict(load_file(network_dir))
+        return cls(network, {"_class_name": "DDPMScheduler", "beta_schedule": "linear"})
+
+    def embeddings(self, timestep: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (self.network.time_embed(self.network.sinusoids(timestep)),) * len(self.sites)
+
+    def call(self, state: torch.Tensor, requests: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.network(state, torch.zeros(1, device=state.device), requests["class_labels"])[:, :2]

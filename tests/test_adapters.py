@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from families import engine_error, redraw, step_weights
+from families import engine_error, prelude_weights, redraw, step_weights
 from helpers import relative
-from own_backbone import Song, SongAdapter
+from own_backbone import Guided, Song, SongAdapter
 from safetensors.torch import save_file
 
 from mteo_deploy.cli import main
@@ -65,14 +65,14 @@ def edm_sampler(network: Song, noise: np.ndarray, sigmas: list[float]) -> np.nda
 
 def test_a_network_of_ones_own(model: Path, song: Song, tmp_path: Path) -> None:
     """Through the commands: learned, exported, built and sampled; engine equals torch, and the plain solver EDM's sampler."""
-    options = ["--model", model, "--adapter", NAME]
+    options = ["--model", model, "--adapter", NAME, "--size", "6x10"]
     learning = ["--steps", "2", "--trajectories", "64", "--iterations", "20", "--batch", "32"]
     learned = call("distill", *options, *learning, "-o", tmp_path / "e.safetensors", "--json")
     assert learned["error_after"] < learned["error_before"]
     bundle = tmp_path / "bundle"
     call("export", *options, "--plain", "--steps", "3", "-o", bundle, "--json")
     call("build", bundle, "--engine", "onnxruntime", "--realisation", "baked", "--threads", "1", "--json")
-    adapter = load_backbone(model, NAME)
+    adapter = load_backbone(model, NAME, size=(6, 10))
     for realisation in ("baked", "table", "fused"):
         assert engine_error(bundle, realisation, adapter) < 1e-4
     assert not [name for names in step_weights(bundle).values() for name in names if "affine" in name or "map_layer" in name]
@@ -82,6 +82,25 @@ def test_a_network_of_ones_own(model: Path, song: Song, tmp_path: Path) -> None:
     plan = adapter.compile_plan(3)
     noise = noise_for(adapter.sample_shape, 4, range(3))
     assert relative(drawn, edm_sampler(song, noise, list(plan.sigmas))) < 1e-4
+
+
+def test_a_network_with_classes(tmp_path: Path) -> None:
+    """Labels are added to the time embedding before the sites: modulation is the prelude's, and ``--model`` is a file."""
+    torch.manual_seed(0)
+    network = redraw(Guided())
+    save_file(network.state_dict(), tmp_path / "guided.safetensors")
+    bundle = tmp_path / "bundle"
+    options = ["--model", tmp_path / "guided.safetensors", "--adapter", "own_backbone:GuidedAdapter"]
+    call("export", *options, "--plain", "--steps", "2", "-o", bundle, "--json")
+    call("build", bundle, "--engine", "onnxruntime", "--realisation", "baked", "--threads", "1", "--json")
+    adapter = load_backbone(tmp_path / "guided.safetensors", "own_backbone:GuidedAdapter")
+    state, labels = torch.randn(3, 2, 8, 8), torch.tensor([3, 0, 9])
+    with torch.no_grad():
+        expected = network(state, torch.full((3,), 500.0), labels)[:, :2]
+        torch.testing.assert_close(adapter.at_timestep(state, 500.0, class_labels=labels), expected)
+    assert max(engine_error(bundle, realisation, adapter) for realisation in ("baked", "table", "fused")) < 1e-4
+    held = {name for names in step_weights(bundle).values() for name in names}
+    assert not [name for name in held if "emb" in name] and any("label_emb" in name for name in prelude_weights(bundle))
 
 
 def test_the_adapter_in_the_docs_is_the_tested_one() -> None:
