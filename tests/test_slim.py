@@ -70,6 +70,23 @@ def test_a_squeeze_of_more_than_one_is_none() -> None:
     assert [node.op_type for node in found.graph] == ["Unsqueeze", "Squeeze"]
 
 
+@pytest.mark.parametrize(
+    ("equation", "perm"),
+    [("nchw->nhwc", [0, 2, 3, 1]), ("n c h w -> w n h c", [3, 0, 2, 1]), ("nchw->nch", None), ("nchw", None)],
+)
+def test_an_einsum_that_permutes_is_a_transpose(equation: str, perm: list[int] | None) -> None:
+    found = model_of([helper.make_node("Einsum", ["a"], ["y"], equation=equation)], [None] * 4 if perm else [None] * 3)
+    before = evaluate(found, state(2), reference=True)
+    slim(found)
+    (node,) = found.graph
+    assert node.op_type == ("Einsum" if perm is None else "Transpose")
+    if perm is not None:
+        after = evaluate(found, state(2), reference=True)
+        assert before is not None and after is not None and list(node.attributes["perm"].as_ints()) == perm
+        np.testing.assert_array_equal(before[0], after[0])
+        onnx.checker.check_model(ir.to_proto(found), full_check=True)
+
+
 def test_names(convolutions: ir.Model) -> None:
     """Parameters, inputs and outputs keep theirs; a layer's node has the layer's, once; nothing is called like an input."""
     slim(convolutions)
