@@ -79,6 +79,16 @@ def _size(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def _backbone(model: Path | None, adapter: str | None, size: str | None, tokens: int | None) -> Any:
+    """What ``--model`` and the options beside it name: a path, None for the packaged backbone, or one opened as they say."""
+    if adapter is None and size is None and tokens is None:
+        return model
+    from mteo_deploy import assets
+    from mteo_deploy.exporters.base import load_backbone
+
+    return load_backbone(model or assets.MODEL, adapter, None if size is None else _size(size), tokens)
+
+
 def _named(option: str, texts: tuple[str, ...]) -> dict[str, str]:
     if wrong := [text for text in texts if "=" not in text]:
         raise InputError(f"expected {option} NAME=VALUE; found {wrong[0]!r}")
@@ -96,6 +106,18 @@ realisation_option = click.option("--realisation", help="baked, table or fused [
 device_option = click.option("--device", help="On which device [default: any].")
 
 
+def backbone_options(function: Callable[..., None]) -> Callable[..., None]:
+    """``--model`` and how to open it."""
+    for option in (
+        click.option("--tokens", type=int, help="Length of a prompt, padded [default: the backbone's own]."),
+        click.option("--size", help="HEIGHTxWIDTH of the states (latents) [default: the backbone's own]."),
+        click.option("--adapter", metavar="MODULE:CLASS", help="An adapter of your own: docs/backbones.md."),
+        click.option("--model", type=PATH, help="diffusers pipeline directory [default: the packaged MNIST backbone]."),
+    ):
+        function = option(function)
+    return function
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="mteo-deploy")
 def main() -> None:
@@ -110,7 +132,7 @@ def main() -> None:
     profile    where the time goes, layer by layer
     bench      bundles, engines and precisions: error against time
     evaluate   quality of the images: Fréchet distance to real ones
-    inspect    explain a bundle or an embedding set
+    inspect    explain a bundle, an embedding set or a backbone
     push, pull a bundle to and from the Hugging Face Hub
     doctor     which engines are here, and how to install the others
     cache      list or clean the built engines of a bundle
@@ -122,7 +144,7 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--model", type=PATH, help="diffusers pipeline directory [default: the packaged MNIST backbone].")
+@backbone_options
 @click.option("--steps", type=int, default=4, show_default=True, help="Steps of the schedule.")
 @click.option("--solver", default="euler", show_default=True, help="euler (DDIM), unipc-2, ...: docs/solvers.md.")
 @click.option("--schedule", help="polynomial, logsnr, time-uniform, scheduler (the pipeline's) [default: the backbone's].")
@@ -148,6 +170,9 @@ def main() -> None:
 @_verb
 def distill(
     model: Path | None,
+    adapter: str | None,
+    size: str | None,
+    tokens: int | None,
     steps: int,
     solver: str,
     schedule: str | None,
@@ -174,7 +199,7 @@ def distill(
     from mteo_deploy.distillation.parallel import is_main
 
     result = run(
-        model or assets.MODEL,
+        _backbone(model, adapter, size, tokens) or assets.MODEL,
         output,
         steps=steps,
         solver=solver,
@@ -202,7 +227,7 @@ def distill(
 @main.command()
 @click.option("--steps", type=int, help="Step count [default: the embedding set's own; 4 for the packaged ones].")
 @click.option("--solver", help="Which packaged set, or the plain solver [default: the set's own; euler].")
-@click.option("--model", type=PATH, help="diffusers pipeline directory [default: the packaged MNIST backbone].")
+@backbone_options
 @click.option("--embeddings", type=PATH, help="Embedding set made by distill [default: the packaged one].")
 @click.option("--plain", is_flag=True, help="Pretrained embeddings, nothing learned: the plain solver.")
 @click.option("--schedule", help="Time points of the plain solver, as in distill [default: the backbone's].")
@@ -216,6 +241,10 @@ def distill(
 @quiet_option
 @_verb
 def export(
+    model: Path | None,
+    adapter: str | None,
+    size: str | None,
+    tokens: int | None,
     as_json: bool,
     quiet: bool,
     output: Path,
@@ -237,6 +266,7 @@ def export(
     options |= {"realisations": realisations} if realisations else {}
     options["dynamic"] = None if dynamic is None else _names(dynamic)
     options["batch"] = [] if batch is None else _integers("--batch", batch)
+    options["model"] = _backbone(model, adapter, size, tokens)
     bundle = run(output, passes=_names(passes), quiet=quiet or as_json, **options)
     compiler = bundle.manifest["compiler"]
     if as_json:
@@ -256,14 +286,14 @@ def export(
             ]
         )
     _table("", ["graph", "nodes", "parameters", "bytes", "weights folded away"], rows)
-    size = sum(entry["bytes"] for entry in bundle.manifest["files"].values())
+    total = sum(entry["bytes"] for entry in bundle.manifest["files"].values())
     click.echo(f"sites: {_sites_line(compiler['sites'])}")
     refused = [f"{graph['graph']}: {problem}" for graph in compiler["graphs"] for problem in graph["tensorrt"]]
     click.echo(
         f"TensorRT would refuse: {'; '.join(refused)}" if refused else "TensorRT's parser has every operator and type used"
     )
     click.echo(
-        f"{output}: {len(bundle.plan.evaluations)} evaluations, {', '.join(bundle.realisations)}, {size / 1e6:.2f} MB, "
+        f"{output}: {len(bundle.plan.evaluations)} evaluations, {', '.join(bundle.realisations)}, {total / 1e6:.2f} MB, "
         f"{bundle.manifest['export_seconds']:.1f} s"
     )
     click.echo(f"next: mteo-deploy build {output}")
@@ -611,18 +641,62 @@ def _show_diff(found: list[dict[str, Any]]) -> None:
         click.echo("")
 
 
+def _show_backbone(found: dict[str, Any]) -> None:
+    levels, baking, requests = found["levels"], found["baking"], found["requests"]
+    multiple, opened = found["sizes"]["fixed"], found["sizes"]["open"]
+    click.echo(f"backbone   {found['family']} ({found['source']}), {found['parameters']:,} parameters")
+    sizes = f"others in multiples of {multiple}" if multiple else "no other"
+    left = f"export can leave it open in multiples of {opened}" if opened else "export cannot leave it open"
+    click.echo(f"samples    {'x'.join(map(str, found['sample_shape']))}; {sizes}; {left}")
+    shift = "" if levels["shift"] is None else f", shift {levels['shift']:.4g}"
+    click.echo(
+        f"predicts   {found['prediction_type']}, noise {levels['high']:.6g} to {levels['low']:.6g}, schedule "
+        f"{levels['schedule']}{shift}"
+    )
+    shapes = [f"{r['name']} {r['dtype']} [{', '.join(map(str, r['shape']))}]" for r in requests]
+    click.echo(f"requests   {'; '.join(shapes) or 'none'}")
+    counts = {time: f"{number:,} ({number / found['parameters']:.1%})" for time, number in baking.items() if time != "unknown"}
+    click.echo(
+        f"baking     removes {counts['removed']}, leaves {counts['prelude']} to the prelude and {counts['steps']} to the steps"
+        if counts
+        else f"baking     not known before export: {baking['unknown']}"
+    )
+    rows = [[name, str(width)] for name, width in found["sites"].items()]
+    click.echo(f"sites      {len(rows)}, {sum(found['sites'].values()):,} numbers to learn for each evaluation")
+    _table("", ["site", "width"], rows)
+
+
 @main.command()
-@click.argument("path", type=PATH)
+@click.argument("path", type=PATH, required=False)
+@backbone_options
 @click.option("--diff", "other", type=PATH, help="Compare PATH with this: ONNX files, bundles, or --dump-after directories.")
 @json_option
 @_verb
-def inspect(path: Path, other: Path | None, as_json: bool) -> None:
-    """Explain a bundle or an embedding set, or what differs between two graphs.
+def inspect(
+    path: Path | None,
+    model: Path | None,
+    adapter: str | None,
+    size: str | None,
+    tokens: int | None,
+    other: Path | None,
+    as_json: bool,
+) -> None:
+    """Explain a bundle, an embedding set or a backbone, or what differs between two graphs.
 
     \b
     Example:  mteo-deploy inspect bundle
+              mteo-deploy inspect --model my-pipeline
               mteo-deploy inspect bundle.after-update --diff bundle.after-absorb
     """
+    if path is None and model is not None:
+        from mteo_deploy.exporters.base import load_backbone
+        from mteo_deploy.exporters.describe import describe
+
+        backbone = describe(load_backbone(model, adapter, None if size is None else _size(size), tokens, weights=False))
+        _emit(backbone) if as_json else _show_backbone(backbone)
+        return
+    if path is None or model is not None:
+        raise InputError(f"expected PATH or --model DIR; found {'both' if path else 'neither'}")
     if other is not None:
         from mteo_deploy.exporters.diff import diff
 

@@ -8,7 +8,11 @@ in ``families()``.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
+import math
+import os
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,8 +44,13 @@ class Adapter(ABC, torch.nn.Module):
         network_class: that class; :meth:`load` reads it with its ``from_pretrained``.
         sites: in the order the embeddings are passed.
         sample_shape: ``(channels, height, width)``.
-        size_multiple: the network takes other heights and widths too, multiples of this; None: it takes its own only.
+        size_multiple: the graph can leave height and width open, for multiples of this; None: it cannot.
+        fixed_multiple: a graph can be made for another height and width, multiples of this; None: for its own only, or for
+            those of ``size_multiple``.
+        patch_size: along an axis, how much of the state becomes one token; 1 for networks without tokens.
+        tokens: the length of a prompt, padded; None for networks without one.
         requests: what is given once per request beside the noise, such as class labels.
+        source: where it was loaded from, by name.
     """
 
     family: str
@@ -50,10 +59,14 @@ class Adapter(ABC, torch.nn.Module):
     sites: tuple[Site, ...]
     sample_shape: tuple[int, ...]
     size_multiple: int | None = None
+    fixed_multiple: int | None = None
+    patch_size: int = 1
+    tokens: int | None = None
     requests: tuple[Request, ...] = ()
     prediction_type: str
     levels: Levels
     config: dict[str, Any]
+    source: str = "given"
 
     @abstractmethod
     def __init__(self, network: Any, scheduler_config: dict[str, Any]) -> None:
@@ -75,6 +88,53 @@ class Adapter(ABC, torch.nn.Module):
                 f"expected {cls.family} weights as safetensors in {network_dir}; {str(error).splitlines()[0]}"
             ) from None
         return cls(network, scheduler_config)
+
+    def set_size(self, height: int, width: int) -> None:
+        """Take states of this size; noise levels that depend on it follow.
+
+        Raises:
+            InputError: for a size that the network does not take.
+        """
+        multiple, others, own = self.fixed_multiple or self.size_multiple, self.sample_shape[:-2], self.sample_shape[-2:]
+        fits = multiple is not None and min(height, width) > 0 and height % multiple == width % multiple == 0
+        if (height, width) != own and not fits:
+            takes = f"{own[0]}x{own[1]} only" if multiple is None else f"multiples of {multiple}"
+            raise InputError(f"expected a --size that {self.family} takes: {takes}; found {height}x{width}")
+        self.sample_shape = (*others, height, width)
+        self.levels, self.prediction_type = noise_levels(self.scheduler_config, self.image_tokens)
+
+    @property
+    def image_tokens(self) -> int:
+        """How many tokens the network makes of one state."""
+        return math.prod(self.sample_shape[-2:]) // self.patch_size**2
+
+    def set_tokens(self, tokens: int) -> None:
+        """Take prompts of this length, padded.
+
+        Raises:
+            InputError: for a network whose prompts have one length, or that takes none.
+        """
+        length = "no prompt" if self.tokens is None else f"prompts of {self.tokens} tokens"
+        raise InputError(f"expected no --tokens for {self.family}, which takes {length}; found {tokens}")
+
+    @classmethod
+    def outline(cls, network_dir: Path, scheduler_config: dict[str, Any]) -> Adapter:
+        """The network of a diffusers model directory without its weights, on the meta device.
+
+        Raises:
+            InputError: when there is no configuration that fits it.
+        """
+        if not hasattr(cls, "network_class"):
+            return cls.load(network_dir, scheduler_config)
+        try:
+            with torch.device("meta"):
+                network = cls.network_class.from_config(cls.network_class.load_config(network_dir))
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"expected {cls.family}'s config.json in {network_dir}; {str(error).splitlines()[0]}") from None
+        return cls(network, scheduler_config)
+
+    def serve(self, pipeline: str) -> None:
+        """Take on what the name of the pipeline's class says beyond the network's configuration."""
 
     @abstractmethod
     def embeddings(self, timestep: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -100,7 +160,7 @@ class Adapter(ABC, torch.nn.Module):
         Raises:
             InputError: for arguments no plan can be made of.
         """
-        points = scheduler_points(self.scheduler_config, steps) if schedule == SCHEDULER else None
+        points = scheduler_points(self.scheduler_config, steps, self.image_tokens) if schedule == SCHEDULER else None
         return compile_plan(
             self.levels, steps=steps, solver=solver, schedule=schedule, prediction_type=self.prediction_type, points=points
         )
@@ -131,11 +191,41 @@ class Adapter(ABC, torch.nn.Module):
 def families() -> dict[str, type[Adapter]]:
     """Network class name -> adapter."""
     from mteo_deploy.exporters.dit import DiTAdapter
+    from mteo_deploy.exporters.flux import FluxAdapter
+    from mteo_deploy.exporters.pixart import PixArtAdapter
+    from mteo_deploy.exporters.sd3 import SD3Adapter
     from mteo_deploy.exporters.unet2d import UNet2DAdapter
     from mteo_deploy.exporters.unet2d_condition import UNet2DConditionAdapter
 
     adapters: tuple[type[Adapter], ...] = (UNet2DAdapter, UNet2DConditionAdapter, DiTAdapter)
+    adapters += (PixArtAdapter, SD3Adapter, FluxAdapter)
     return {adapter.family: adapter for adapter in adapters}
+
+
+INDEX = "model_index.json"
+WAY_OUT = "pass a directory written by `DDPMPipeline.save_pretrained`"
+GROUP = "mteo_deploy.adapters"
+"""Entry points of other packages' adapters: network class name -> ``package.module:Class``."""
+
+
+def _registered() -> dict[str, str]:
+    return {entry.name: entry.value for entry in importlib.metadata.entry_points(group=GROUP)}
+
+
+def _named(spec: str) -> type[Adapter]:
+    """The adapter that ``package.module:Class`` names; modules in the working directory are found too."""
+    module, _, name = spec.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(
+            f"expected an adapter as package.module:Class that can be imported; found {spec!r} ({error})"
+        ) from None
+    if not (isinstance(found, type) and issubclass(found, Adapter)):
+        raise InputError(f"expected a subclass of mteo_deploy.exporters.base.Adapter; {spec} is {found!r}")
+    return found
 
 
 def _read_json(path: Path, what: str, way_out: str) -> dict[str, Any]:
@@ -150,27 +240,59 @@ def _read_json(path: Path, what: str, way_out: str) -> dict[str, Any]:
     return data
 
 
-def load_backbone(model: Path) -> Adapter:
-    """Load the denoising network of a diffusers pipeline directory, frozen, in float32 on the CPU.
+def load_backbone(
+    model: Path,
+    adapter: str | None = None,
+    size: tuple[int, int] | None = None,
+    tokens: int | None = None,
+    weights: bool = True,
+) -> Adapter:
+    """Load a backbone, frozen, in float32 on the CPU: the denoising network of a diffusers pipeline directory, or what an
+    adapter of yours reads.
+
+    Args:
+        adapter: ``package.module:Class``, a subclass of :class:`Adapter`; None for the one that serves the pipeline's network,
+            ours or one that an installed package registers.
+        size: height and width of the states; None for the backbone's own.
+        tokens: length of a prompt, padded; None for the backbone's own.
+        weights: without them a diffusers network is on the meta device: its structure alone, whatever its size.
 
     Raises:
         InputError: for a directory that is no diffusers pipeline, or a network class without an adapter.
     """
-    way_out = "pass a directory written by `DDPMPipeline.save_pretrained`"
-    if not model.is_dir():
+    cls = None if adapter is None else _named(adapter)
+    if not model.is_dir() and (cls is None or not model.exists()):
         raise InputError(
-            f"expected a diffusers pipeline directory at {model}; found {'a file' if model.exists() else 'nothing'}; {way_out}"
+            f"expected a diffusers pipeline directory at {model}; found {'a file' if model.exists() else 'nothing'}; {WAY_OUT}"
         )
-    index = _read_json(model / "model_index.json", "a diffusers pipeline's model_index.json", way_out)
+    own = cls is not None and not (model / INDEX).exists()
+    found = cls.load(model, {}) if cls is not None and own else _load_part(cls, model, weights)
+    found.source = model.name
+    found.set_size(*(size or found.sample_shape[-2:]))
+    if tokens is not None and tokens < 1:
+        raise InputError(f"expected --tokens of 1 or more; found {tokens}")
+    if tokens is not None:
+        found.set_tokens(tokens)
+    return found.requires_grad_(False).eval()
+
+
+def _load_part(cls: type[Adapter] | None, model: Path, weights: bool) -> Adapter:
+    """The network of a pipeline directory that ``cls`` serves; None: the first that any adapter serves."""
+    index = _read_json(model / INDEX, "a diffusers pipeline's model_index.json", WAY_OUT)
     parts = {name: entry[1] for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
-    known = families()
-    network = next((name for name, cls in parts.items() if cls in known), None)
+    known, others = (families(), _registered()) if cls is None else ({cls.family: cls}, {})
+    network = next((name for name, part in parts.items() if part in known or part in others), None)
     if network is None:
-        found = ", ".join(f"{name}: {cls}" for name, cls in parts.items() if cls) or "no networks"
-        raise InputError(f"expected a backbone of class {', '.join(known)}; {model} has {found}")
-    scheduler = _read_json(model / "scheduler" / "scheduler_config.json", "the noise schedule", way_out)
-    adapter = known[parts[network]].load(model / network, scheduler)
-    return adapter.requires_grad_(False).eval()
+        found = ", ".join(f"{name}: {part}" for name, part in parts.items() if part) or "no networks"
+        raise InputError(
+            f"expected a backbone of class {', '.join([*known, *others])}; {model} has {found}; name an adapter of its own "
+            "with --adapter package.module:Class"
+        )
+    chosen = known[parts[network]] if parts[network] in known else _named(others[parts[network]])
+    scheduler = _read_json(model / "scheduler" / "scheduler_config.json", "the noise schedule", WAY_OUT)
+    adapter = (chosen.load if weights else chosen.outline)(model / network, scheduler)
+    adapter.serve(str(index.get("_class_name")))
+    return adapter
 
 
 def site_dict(sites: Sequence[Site]) -> dict[str, int]:

@@ -157,7 +157,7 @@ def _reference_plan(adapter: Adapter, plan: Plan) -> Plan:
 
 
 def _choose(
-    model: Path | None,
+    model: Path | str | None,
     embeddings: Path | EmbeddingSet | None,
     steps: int | None,
     solver: str | None,
@@ -198,7 +198,7 @@ def _choose(
 def export(
     output: Path | str,
     *,
-    model: Path | str | None = None,
+    model: Path | str | Adapter | None = None,
     embeddings: Path | str | EmbeddingSet | None = None,
     steps: int | None = None,
     solver: str | None = None,
@@ -215,7 +215,8 @@ def export(
 
     Args:
         output: directory to write; an older bundle there is replaced, anything else is refused.
-        model: diffusers pipeline directory; None for the packaged backbone.
+        model: diffusers pipeline directory, or a backbone that :func:`~mteo_deploy.exporters.base.load_backbone` gave; None for
+            the packaged backbone.
         embeddings: embedding set or its file; None for the packaged set of ``steps`` and ``solver``.
         steps: step count; None for the set's own (4 for the packaged sets).
         solver: which packaged set, or the plain solver; None for the set's own (Euler for the packaged sets).
@@ -241,14 +242,15 @@ def export(
     options = Options(realisations, passes, dynamic, batch, dump_after, dump)
     if steps is not None and steps < 1:
         raise InputError(f"expected --steps of 1 or more; found {steps}")
-    model = None if model is None else Path(model)
+    model = Path(model) if isinstance(model, str) else model
     if isinstance(embeddings, str):
         embeddings = Path(embeddings)
     if model is None and embeddings is None and not plain:
         assets.embeddings(4 if steps is None else steps, solver or "euler")  # a clear error before the model is loaded
-    adapter = load_backbone(assets.MODEL if model is None else model)
+    adapter = model if isinstance(model, Adapter) else load_backbone(assets.MODEL if model is None else model)
     size = _other_size(adapter, options.dynamic)
-    chosen = _choose(model, embeddings, steps, solver, schedule, plain, adapter)
+    name = adapter.source if isinstance(model, Adapter) else model
+    chosen = _choose(name, embeddings, steps, solver, schedule, plain, adapter)
     sites: Mapping[str, int] = site_dict(adapter.sites)
     chosen.check(adapter.fingerprint(), sites)
     clock = time.monotonic()
@@ -260,7 +262,7 @@ def export(
         compiled = compile_bundle(adapter, chosen.plan, embeddings_at, directory, options, report, size)
         chosen.save(directory / "embeddings.safetensors")
         _reference(adapter, chosen, directory / "reference" / "reference.safetensors", size)
-        manifest = _manifest(adapter, chosen, compiled, "packaged" if model is None else model.name)
+        manifest = _manifest(adapter, chosen, compiled, "packaged" if model is None else adapter.source)
         manifest["export_seconds"] = round(time.monotonic() - clock, 2)
         write_manifest(directory, manifest)
     return Bundle.open(output)

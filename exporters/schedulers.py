@@ -11,25 +11,44 @@ from mteo_deploy.errors import InputError
 from mteo_deploy.schedules import EDMLevels, FlowLevels, Levels, NoiseLevels
 
 
-def noise_levels(config: dict[str, Any]) -> tuple[Levels, str]:
+def noise_levels(config: dict[str, Any], tokens: int | None = None) -> tuple[Levels, str]:
     """Noise levels and prediction type: of flow matching, of EDM, or of a DDPM-type schedule.
+
+    Args:
+        tokens: how many tokens the network makes of a state, which decides a dynamic shift; None for the most that the
+            scheduler was made for.
 
     Raises:
         InputError: for a schedule or prediction type that is not supported.
     """
     name, prediction_type = _class_name(config), config.get("prediction_type", "epsilon")
     if name.startswith("FlowMatch"):
-        if config.get("use_dynamic_shifting") or config.get("invert_sigmas"):
-            raise InputError(
-                f"expected a {name} with a fixed shift; found use_dynamic_shifting or invert_sigmas, not supported"
-            )
-        return FlowLevels(float(config.get("shift", 1.0)), float(config.get("num_train_timesteps", 1000))), "flow_prediction"
+        if config.get("invert_sigmas"):
+            raise InputError(f"expected a {name} whose sigmas fall; found invert_sigmas, not supported")
+        return FlowLevels(_shift(config, tokens), float(config.get("num_train_timesteps", 1000))), "flow_prediction"
     if name.startswith("EDM"):
         if prediction_type != "epsilon":
             raise InputError(f"expected prediction type epsilon of {name}; found {prediction_type!r}")
         values = {to: float(config[key]) for to, key in _EDM.items() if key in config}
         return EDMLevels(**values), "edm"
     return NoiseLevels.from_alphas_cumprod(_alphas_cumprod(config)), prediction_type
+
+
+def _dynamic(config: dict[str, Any], tokens: int | None) -> float | None:
+    """``mu``, linear in the number of tokens (diffusers' ``calculate_shift``); None for a fixed shift."""
+    if not config.get("use_dynamic_shifting"):
+        return None
+    few, many = float(config.get("base_image_seq_len", 256)), float(config.get("max_image_seq_len", 4096))
+    least, most = float(config.get("base_shift", 0.5)), float(config.get("max_shift", 1.15))
+    return least + (most - least) * ((many if tokens is None else tokens) - few) / (many - few)
+
+
+def _shift(config: dict[str, Any], tokens: int | None) -> float:
+    """The shift of times, for one size: with ``mu`` it is ``exp(mu)``, or ``mu`` for ``time_shift_type`` linear."""
+    mu = _dynamic(config, tokens)
+    if mu is None:
+        return float(config.get("shift", 1.0))
+    return mu if config.get("time_shift_type") == "linear" else float(np.exp(mu))
 
 
 _EDM = {"low": "sigma_min", "high": "sigma_max", "sigma_data": "sigma_data"}
@@ -53,10 +72,13 @@ def _alphas_cumprod(config: dict[str, Any]) -> NDArray[np.float64]:
     return np.asarray(scheduler.alphas_cumprod.double().numpy())
 
 
-def scheduler_points(config: dict[str, Any], steps: int) -> list[float]:
+def scheduler_points(config: dict[str, Any], steps: int, tokens: int | None = None) -> list[float]:
     """The ``steps + 1`` noise levels (of flow matching, times) that the pipeline's own scheduler would use, highest first.
 
     The last is zero where the scheduler goes on to a clean image.
+
+    Args:
+        tokens: as for :func:`noise_levels`.
 
     Raises:
         InputError: for a scheduler that diffusers does not have, or that does not take that many steps.
@@ -69,9 +91,10 @@ def scheduler_points(config: dict[str, Any], steps: int) -> list[float]:
         raise InputError(
             f"expected a scheduler class of diffusers for --schedule scheduler; found {name!r}; pass another --schedule"
         )
+    mu = _dynamic(config, tokens)
     try:
         scheduler = cls.from_config(config)
-        scheduler.set_timesteps(steps)
+        scheduler.set_timesteps(steps, **({} if mu is None else {"mu": mu}))
     except (NotImplementedError, ValueError, TypeError, AssertionError, ZeroDivisionError) as error:
         raise InputError(f"{name} has no time points for {steps} steps ({error}); pass another --steps or --schedule") from None
     sigmas = getattr(scheduler, "sigmas", None)

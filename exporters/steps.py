@@ -75,9 +75,10 @@ class Steps:
         run_passes(self.template, [hoist])
         if hoist.prelude is None:
             return
-        meets = ", ".join(requests)
-        taken = {value.name or "" for value in hoist.prelude.graph.inputs} & set(self.values[0])
-        self.hoisted = dict.fromkeys(taken, f"hoisted: meets {meets} before its layer")
+        met = meets(hoist.prelude, requests)
+        self.hoisted = {
+            name: f"hoisted: meets {', '.join(met[name])} before its layer" for name in met if name in self.values[0]
+        }
         bound = []
         for values in self.values:
             part = hoist.prelude.clone()
@@ -241,9 +242,25 @@ def sites_of(time_part: ir.Model | None, embeddings: Collection[str]) -> dict[st
     reach: dict[str, set[str]] = {name: {name} for name in embeddings}
     outputs = set(embeddings)
     if time_part is not None:
-        for node in time_part.graph:
-            found = set().union(*(reach.get(v.name or "", set()) for v in node.inputs if v is not None))
-            reach |= {output.name or "": found for output in node.outputs}
+        reach |= _reach(time_part, embeddings)
         outputs |= {value.name or "" for value in time_part.graph.outputs}
     prefix = embedding_input("")
     return {name.removeprefix(prefix): [o for o in reach if o in outputs and name in reach[o]] for name in embeddings}
+
+
+def meets(prelude: ir.Model, requests: Sequence[str]) -> dict[str, list[str]]:
+    """Input of the prelude that is no request -> the request inputs that something it decides depends on too."""
+    names = [value.name or "" for value in prelude.graph.inputs]
+    reach = _reach(prelude, names)
+    together = [reach[value.name or ""] for value in prelude.graph.outputs]
+    met = {name: set().union(*(inputs for inputs in together if name in inputs)) for name in names if name not in requests}
+    return {name: [request for request in requests if request in inputs] for name, inputs in met.items()}
+
+
+def _reach(model: ir.Model, names: Collection[str]) -> dict[str, set[str]]:
+    """Name of a value -> which of the inputs ``names`` it depends on."""
+    reach: dict[str, set[str]] = {name: {name} for name in names}
+    for node in model.graph:
+        found = set().union(*(reach.get(v.name or "", set()) for v in node.inputs if v is not None))
+        reach |= {output.name or "": found for output in node.outputs}
+    return reach

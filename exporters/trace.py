@@ -45,6 +45,8 @@ class _Generic(torch.nn.Module):
 
     def forward(self, state: torch.Tensor, embeddings: list[torch.Tensor], requests: list[torch.Tensor]) -> torch.Tensor:
         names = [request.name for request in self.adapter.requests]
+        for values in requests:  # one size, said before a network reshapes one by the other's
+            torch._check(values.shape[0] == state.shape[0])
         return self.adapter(state, *embeddings, **dict(zip(names, requests, strict=True)))
 
 

@@ -32,6 +32,7 @@ class UNet2DConditionAdapter(UNetAdapter):
     family = "UNet2DConditionModel"
     network_class = UNet2DConditionModel
     network: UNet2DConditionModel
+    tokens = TOKENS
 
     def __init__(self, network: UNet2DConditionModel, scheduler_config: dict[str, Any]) -> None:
         super().__init__(network, scheduler_config)
@@ -51,9 +52,10 @@ class UNet2DConditionAdapter(UNetAdapter):
                 f"expected a text-to-image UNet2DConditionModel (Stable Diffusion 1, 2, SDXL); found {', '.join(refused)}, "
                 "not supported yet"
             )
-        self.added = config.addition_embed_type is not None
-        prompt = Request("encoder_hidden_states", "float32", (TOKENS, int(config.cross_attention_dim)))
-        self.requests = (prompt, *(self._pooled() if self.added else ()))
+        self.requests = (Request("encoder_hidden_states", "float32", (TOKENS, int(config.cross_attention_dim))),)
+        if config.addition_embed_type is not None:
+            self.silence(network.time_embedding)
+            self.requests += self._pooled()
 
     def _pooled(self) -> tuple[Request, Request]:
         width = self.network.add_embedding.linear_1.in_features - TIME_IDS * int(self.network.config.addition_time_embed_dim)

@@ -169,13 +169,31 @@ def test_what_configurations_mean() -> None:
     assert prediction_type == "v_prediction" and levels.default_schedule == "polynomial"
 
 
+@pytest.mark.parametrize("kind", ["exponential", "linear"])
+@pytest.mark.parametrize("tokens", [256, 1000, 4096, 6000])
+def test_dynamic_shift_is_that_of_the_size(tokens: int, kind: str) -> None:
+    """At one size it is a fixed shift: the default schedule is FLUX's pipeline's, ``scheduler`` is SD3's."""
+    config = config_of("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True, "time_shift_type": kind})
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
+    slope = (1.15 - 0.5) / (4096 - 256)
+    mu = tokens * slope + 0.5 - 256 * slope  # the pipelines' calculate_shift
+    levels, prediction_type = noise_levels(config, tokens)
+    for steps in (1, 4):
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=mu)
+        found = compile_plan(levels, steps=steps, solver="euler", prediction_type=prediction_type)
+        np.testing.assert_allclose(found.sigmas, scheduler.sigmas.numpy(), rtol=1e-6)
+        np.testing.assert_allclose([e.timestep for e in found.evaluations], scheduler.timesteps.numpy(), rtol=1e-6)
+        scheduler.set_timesteps(steps, mu=mu)
+        np.testing.assert_allclose(scheduler_points(config, steps, tokens), scheduler.sigmas.numpy(), rtol=1e-6)
+    assert noise_levels(config) == noise_levels(config, 4096)
+
+
 @pytest.mark.parametrize(
     ("config", "steps", "named"),
     [
         ({"_class_name": "DreamScheduler"}, 4, "'DreamScheduler'"),
         ({"_class_name": "DDIMScheduler", "timestep_spacing": "sideways"}, 4, "sideways"),
         ({"_class_name": "DDIMScheduler"}, 0, "0 steps"),
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}, 4, "mu"),
     ],
 )
 def test_scheduler_without_time_points(config: dict[str, Any], steps: int, named: str) -> None:
@@ -186,7 +204,7 @@ def test_scheduler_without_time_points(config: dict[str, Any], steps: int, named
 @pytest.mark.parametrize(
     "config",
     [
-        {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True},
+        {"_class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": True},
         {"_class_name": "EDMEulerScheduler", "prediction_type": "v_prediction"},
         {"beta_schedule": "staircase"},
     ],

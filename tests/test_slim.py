@@ -57,6 +57,36 @@ def test_attributes_that_are_defaults_go(convolutions: ir.Model) -> None:
     onnx.checker.check_model(ir.to_proto(convolutions), full_check=True)
 
 
+def test_a_squeeze_of_more_than_one_is_none() -> None:
+    """As torch has it; the dimension of one goes, and the one that is not known is left to the checker."""
+    for axis, left in ((1, 0), (0, 1)):
+        node = helper.make_node("Squeeze", ["a", "axis"], ["b"])
+        found = model_of([node, helper.make_node("Neg", ["b"], ["y"])], ["batch", 2, 6, 6], axis=np.array([axis], np.int64))
+        slim(found)
+        assert [node.op_type for node in found.graph] == ["Squeeze"] * left + ["Neg"]
+    one = helper.make_node("Unsqueeze", ["a", "axis"], ["b"]), helper.make_node("Squeeze", ["b", "axis"], ["y"])
+    found = model_of(list(one), ["batch", 2, 6, 6], axis=np.array([1], np.int64))
+    slim(found)
+    assert [node.op_type for node in found.graph] == ["Unsqueeze", "Squeeze"]
+
+
+@pytest.mark.parametrize(
+    ("equation", "perm"),
+    [("nchw->nhwc", [0, 2, 3, 1]), ("n c h w -> w n h c", [3, 0, 2, 1]), ("nchw->nch", None), ("nchw", None)],
+)
+def test_an_einsum_that_permutes_is_a_transpose(equation: str, perm: list[int] | None) -> None:
+    found = model_of([helper.make_node("Einsum", ["a"], ["y"], equation=equation)], [None] * 4 if perm else [None] * 3)
+    before = evaluate(found, state(2), reference=True)
+    slim(found)
+    (node,) = found.graph
+    assert node.op_type == ("Einsum" if perm is None else "Transpose")
+    if perm is not None:
+        after = evaluate(found, state(2), reference=True)
+        assert before is not None and after is not None and list(node.attributes["perm"].as_ints()) == perm
+        np.testing.assert_array_equal(before[0], after[0])
+        onnx.checker.check_model(ir.to_proto(found), full_check=True)
+
+
 def test_names(convolutions: ir.Model) -> None:
     """Parameters, inputs and outputs keep theirs; a layer's node has the layer's, once; nothing is called like an input."""
     slim(convolutions)

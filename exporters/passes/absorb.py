@@ -205,7 +205,7 @@ def _linear(node: ir.Node, total: Affine, may_copy: Callable[[ir.Value], bool]) 
         if values is None or weight is None:
             raise DeclinedError("the layer's weight is not a constant")
         if not may_copy(weight) or op == "ConvTranspose":
-            raise DeclinedError(f"a scale in {label(node)} would store its weight once per evaluation: kept as a vector")
+            raise DeclinedError("the layer would store its weight once per evaluation: kept as a vector")
         inputs[1] = values * np.expand_dims(scale, [i for i in range(len(shape)) if i != column])
     if op == "MatMul":
         return Edit("D", inputs, Affine(None, total.shift, total.constants))

@@ -69,7 +69,7 @@ def _record(init: Path | str | None, student: Student) -> dict[str, Any] | None:
 
 
 def distill(
-    model: Path | str,
+    model: Path | str | Adapter,
     output: Path | str,
     *,
     steps: int,
@@ -88,7 +88,8 @@ def distill(
     Started by ``accelerate launch`` or ``torchrun``, several processes share the work: see ``parallel.py``.
 
     Args:
-        model: diffusers pipeline directory; its network is frozen.
+        model: diffusers pipeline directory, or a backbone that :func:`~mteo_deploy.exporters.base.load_backbone` gave; its
+            network is frozen.
         output: the ``.safetensors`` file to write; a checkpoint lies beside it while the run lasts, and a second call
             with the same arguments goes on from there.
         steps: intervals of the schedule (evaluations, for solvers with one evaluation per interval).
@@ -113,7 +114,7 @@ def distill(
         raise InputError(f"expected an output file ending in .safetensors; found {output}")
     feature_name = _named(features, recipe)
     processes = Processes(device_of(device))
-    adapter = load_backbone(Path(model))
+    adapter = model if isinstance(model, Adapter) else load_backbone(Path(model))
     plan = adapter.compile_plan(steps, solver, schedule)
     fingerprint = adapter.fingerprint()
     given = _requests(adapter, requests)

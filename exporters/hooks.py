@@ -1,0 +1,92 @@
+"""Hooks: how a site is given its embedding in an unmodified network.
+
+Most networks call a layer of each block with the time embedding as an argument. A hook before the layer puts another in its
+place, while the adapter runs; at any other time the network is what it was. What requests add to the time embedding (a class,
+pooled text, sizes) is added by the network itself: the hooks make the time's part zero there, and find the rest in the
+argument.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from mteo_deploy.exporters.base import Adapter, Site
+
+
+class Broadcast:
+    """Stands for a ``[1, width]`` tensor in a block that would have it ``[batch, ...]``, and lets it broadcast instead.
+
+    Repeated for a batch that is open, it could not be folded (see :mod:`~mteo_deploy.exporters.trace`).
+    """
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self.values = values
+
+    def reshape(self, batch: Any, *shape: int) -> torch.Tensor:
+        return self.values.reshape(1, *shape)
+
+
+class HookedAdapter(Adapter):
+    """An adapter whose sites are modules that are called with the time embedding.
+
+    A subclass calls :meth:`add_site` for each, and :meth:`silence` where requests add to the embedding; it says what the
+    pretrained embeddings are (``embeddings``) and how the network is called (:meth:`call`).
+    """
+
+    network: Any
+
+    def __init__(self, network: Any, scheduler_config: dict[str, Any]) -> None:
+        super().__init__(network, scheduler_config)
+        self.network, self.sites = network, ()
+        self.config = dict(getattr(network, "config", {}))
+        self._given: tuple[torch.Tensor, ...] = ()
+        self._silenced = False
+
+    def add_site(self, name: str, width: int, module: torch.nn.Module, argument: str) -> None:
+        """Make a site of a module, whose ``forward`` takes the embedding ``[batch, width]`` under the name ``argument``."""
+        index, position = len(self.sites), list(inspect.signature(module.forward).parameters).index(argument)
+        self.sites = (*self.sites, Site(name, width))
+
+        def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if not self._given:
+                return None
+            if argument in kwargs:
+                return args, {**kwargs, argument: self.meet(index, kwargs[argument])}
+            return (*args[:position], self.meet(index, args[position]), *args[position + 1 :]), kwargs
+
+        module.register_forward_pre_hook(hook, with_kwargs=True)
+
+    def silence(self, module: torch.nn.Module) -> None:
+        """Make a time embedder give zero while the adapter runs: what reaches a site beside it is the requests' part."""
+        self._silenced = True
+
+        def hook(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
+            return torch.zeros_like(output[:1]) if self._given else None
+
+        module.register_forward_hook(hook)
+
+    def meet(self, index: int, found: torch.Tensor) -> Any:
+        """What a site's module gets in the place of ``found``: the given embedding, and what requests add to it."""
+        return self._given[index] + found if self._silenced else self._given[index]
+
+    def forward(self, state: torch.Tensor, *embeddings: torch.Tensor, **requests: torch.Tensor) -> torch.Tensor:
+        with self._giving(embeddings):
+            return self.call(state, requests)
+
+    @contextmanager
+    def _giving(self, embeddings: Sequence[torch.Tensor]) -> Iterator[None]:
+        self._given = tuple(embeddings)
+        try:
+            yield
+        finally:
+            self._given = ()
+
+    @abstractmethod
+    def call(self, state: torch.Tensor, requests: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The network's output at any timestep: the sites do not read it."""
