@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -42,6 +43,9 @@ class Adapter(ABC, torch.nn.Module):
         sample_shape: ``(channels, height, width)``.
         size_multiple: the network takes other heights and widths too, multiples of this; None: it takes its own only.
         requests: what is given once per request beside the noise, such as class labels.
+        negatives: what the negative branch of classifier-free guidance gets for a request input: a number (the label of no
+            class), or None for what the positive branch gets. One that is not here is given again, as ``negative_<name>``.
+        branches: how many rows of the network's batch an image takes.
     """
 
     family: str
@@ -51,6 +55,8 @@ class Adapter(ABC, torch.nn.Module):
     sample_shape: tuple[int, ...]
     size_multiple: int | None = None
     requests: tuple[Request, ...] = ()
+    negatives: Mapping[str, int | None] = MappingProxyType({})
+    branches: int = 1
     prediction_type: str
     levels: Levels
     config: dict[str, Any]

@@ -23,6 +23,7 @@ from mteo_deploy.distillation.trajectories import Trajectories, reference_trajec
 from mteo_deploy.embeddings import EmbeddingSet
 from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.base import Adapter, load_backbone
+from mteo_deploy.exporters.guidance import guided
 from mteo_deploy.plan import Plan, default_substeps, reference_plan, run
 from mteo_deploy.progress import Reporter, reporter
 from mteo_deploy.requests import Arrays, draw_all, read
@@ -155,7 +156,7 @@ def _requests(adapter: Adapter, requests: Path | str | Arrays | None) -> Arrays 
     Raises:
         InputError: when the backbone wants what cannot be drawn at random, such as prompts.
     """
-    wanted = [request.name for request in adapter.requests if request.high is None]
+    wanted = [request.name for request in adapter.requests if request.high is None and request.default is None]
     if requests is None and wanted:
         raise InputError(
             f"expected values of {', '.join(wanted)} to learn from (prompt embeddings, say); pass --requests FILE, an npz with "
@@ -183,6 +184,8 @@ def distill(
     schedule: str | None = None,
     recipe: Recipe = Recipe(),
     requests: Path | str | Arrays | None = None,
+    guidance_scale: float | None = None,
+    null_class: int | None = None,
     quiet: bool = False,
 ) -> EmbeddingSet:
     """Learn an embedding set and write it to ``output``.
@@ -193,9 +196,10 @@ def distill(
             with the same arguments goes on from there.
         steps: intervals of the schedule (evaluations, for solvers with one evaluation per interval).
         schedule: where the time points lie; None for the backbone's default.
-
         requests: what the backbone wants beside the noise, to learn from: an npz file or arrays ``[rows, ...]`` by name, of
             which trajectories draw rows. None draws at random, which only class labels allow.
+        guidance_scale: of classifier-free guidance, in the reference trajectories as in what is learned; None for none.
+        null_class: the label of no class, where the backbone does not know its own.
 
     Returns:
         The set; its ``training`` holds the parameters trained, the time, and the error before and after.
@@ -206,12 +210,13 @@ def distill(
     output = Path(output)
     if output.suffix != ".safetensors":
         raise InputError(f"expected an output file ending in .safetensors; found {output}")
-    adapter = load_backbone(Path(model))
+    adapter = guided(load_backbone(Path(model)), guidance_scale, null_class)
     plan = adapter.compile_plan(steps, solver, schedule)
     output.parent.mkdir(parents=True, exist_ok=True)
     fingerprint = adapter.fingerprint()
     given = _requests(adapter, requests)
-    key = json.dumps([fingerprint, plan.to_json(), asdict(recipe), _digest(given)], sort_keys=True)
+    guidance = None if guidance_scale is None else {"scale": guidance_scale, "null_class": null_class}
+    key = json.dumps([fingerprint, plan.to_json(), asdict(recipe), _digest(given), guidance], sort_keys=True)
     checkpoint = output.with_suffix(".checkpoint.safetensors")
     held_out = max(16, recipe.trajectories // 8)
     substeps = recipe.substeps or default_substeps(plan)
@@ -237,6 +242,7 @@ def distill(
     deltas = {site.name: student.delta.detach()[:, i].contiguous().numpy() for i, site in enumerate(adapter.sites)}
     training = {
         "recipe": asdict(recipe),
+        "guidance": guidance,
         "reference": {
             "solver": "heun",
             "evaluations": len(reference_plan(plan, adapter.levels, substeps).evaluations),
