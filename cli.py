@@ -93,7 +93,9 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON o
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress bars.")
 engine_option = click.option("--engine", default="auto", show_default=True, help="Whose built engine: auto for the newest.")
 realisation_option = click.option("--realisation", help="baked, table or fused [default: what was built].")
-null_class_option = click.option("--null-class", type=int, help="Label of no class, for guidance [default: the backbone's own].")
+null_class_option = click.option(
+    "--null-class", type=int, help="Label of no class, for guidance [default: the backbone's own]."
+)
 device_option = click.option("--device", help="On which device [default: any].")
 
 

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common
 
-from mteo_deploy.exporters.branches import cross_by_image, merge_views
+from mteo_deploy.exporters.branches import cross_by_image
 from mteo_deploy.exporters.evaluate import evaluate
 from mteo_deploy.exporters.options import Options
 from mteo_deploy.exporters.pack import pack
@@ -78,8 +78,6 @@ class Steps:
         run_passes(self.template, [hoist])
         if hoist.prelude is None:
             return
-        if self.branches > 1:
-            cross_by_image(self.template, hoist.prelude, self.branches)
         meets = ", ".join(requests)
         taken = {value.name or "" for value in hoist.prelude.graph.inputs} & set(self.values[0])
         self.hoisted = dict.fromkeys(taken, f"hoisted: meets {meets} before its layer")
@@ -90,10 +88,15 @@ class Steps:
             bound.append(part)
         self.prelude = join_preludes(bound)
         self._renamed = merge_outputs(self.prelude)
-        names = [value.name or "" for value in self.template.graph.inputs if (value.name or "").startswith(HOISTED)]
-        pack(self.template, self.prelude, [self.sources(i, {"inputs": names}) for i in range(len(self.values))])
-        merge_views(self.template)
+        pack(self.template, self.prelude, self._crossing(), self.branches)
+        if self.branches > 1:
+            cross_by_image(self.template, self.prelude, self._crossing(), self.branches)
         self.prelude_passes = run_passes(self.prelude, [BatchGemms()], random_feeds(self.prelude))
+
+    def _crossing(self) -> list[dict[str, str]]:
+        """Per evaluation, each of the template's hoisted inputs -> output of the prelude."""
+        names = [value.name for value in self.template.graph.inputs if (value.name or "").startswith(HOISTED)]
+        return [self.sources(i, {"inputs": names}) for i in range(len(self.values))]
 
     def sources(self, index: int, entry: Mapping[str, Any]) -> dict[str, str]:
         """Which output of the prelude each of a step graph's inputs takes at evaluation ``index``."""
