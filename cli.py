@@ -103,6 +103,9 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON o
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress bars.")
 engine_option = click.option("--engine", default="auto", show_default=True, help="Whose built engine: auto for the newest.")
 realisation_option = click.option("--realisation", help="baked, table or fused [default: what was built].")
+null_class_option = click.option(
+    "--null-class", type=int, help="Label of no class, for guidance [default: the backbone's own]."
+)
 device_option = click.option("--device", help="On which device [default: any].")
 
 
@@ -165,6 +168,8 @@ def main() -> None:
 @click.option("--init", type=PATH, help="Embedding set to start from, perhaps another backbone's.")
 @click.option("--cache", type=PATH, help="Directory that keeps reference trajectories for the next run.")
 @click.option("--device", help="cpu or cuda [default: what torch has].")
+@click.option("--guidance-scale", type=float, help="Learn under classifier-free guidance of this scale: docs/guidance.md.")
+@null_class_option
 @json_option
 @quiet_option
 @_verb
@@ -182,6 +187,8 @@ def distill(
     init: Path | None,
     cache: Path | None,
     device: str | None,
+    guidance_scale: float | None,
+    null_class: int | None,
     as_json: bool,
     quiet: bool,
     **recipe: Any,
@@ -209,6 +216,8 @@ def distill(
         init=init,
         cache=cache,
         device=device,
+        guidance_scale=guidance_scale,
+        null_class=null_class,
         quiet=quiet or as_json,
     )
     if not is_main():
@@ -231,6 +240,8 @@ def distill(
 @click.option("--embeddings", type=PATH, help="Embedding set made by distill [default: the packaged one].")
 @click.option("--plain", is_flag=True, help="Pretrained embeddings, nothing learned: the plain solver.")
 @click.option("--schedule", help="Time points of the plain solver, as in distill [default: the backbone's].")
+@click.option("--guidance-scale", type=float, help="With --plain: classifier-free guidance [default: the set's own, or none].")
+@null_class_option
 @click.option("--realisation", "realisations", multiple=True, help="baked, table or fused; repeatable [default: all].")
 @click.option("--dynamic", help="Axes left open, of batch,height,width [default: batch, unless --batch is one size].")
 @click.option("--batch", help="One size: the only one. Several, by comma: the batch stays open, build compiles for these.")
@@ -374,6 +385,7 @@ def build(bundle: Path, batch: str | None, given: tuple[str, ...], as_json: bool
 @realisation_option
 @click.option("--tables", type=PATH, help="Another bundle, whose embeddings and steps to use in this one's table engine.")
 @click.option("--class-labels", help="For a backbone with classes: one label, or as many as images, by comma.")
+@click.option("--guidance-scale", type=float, help="For a bundle with guidance [default: what it was exported with].")
 @click.option(
     "--requests", "request_file", type=PATH, help="npz of request inputs (prompt embeddings): one each, or as many as images."
 )
@@ -388,6 +400,7 @@ def sample(
     size: str | None,
     output: Path,
     class_labels: str | None,
+    guidance_scale: float | None,
     request_file: Path | None,
     as_json: bool,
     quiet: bool,
@@ -409,6 +422,7 @@ def sample(
     images.check_output(output)
     requests: dict[str, Any] = {} if request_file is None else given.read(request_file)
     requests |= {} if class_labels is None else {"class_labels": _integers("--class-labels", class_labels)}
+    requests |= {} if guidance_scale is None else {given.GUIDANCE_SCALE: guidance_scale}
     shape = None if size is None else _size(size)
     with Sampler.load(bundle, **options) as sampler, reporter(quiet or as_json) as report:
         clock = time.perf_counter()
@@ -628,6 +642,10 @@ def _spread(values: Sequence[float], form: str) -> str:
     return mean if len(values) == 1 else f"{mean} [{min(values):{form}}, {max(values):{form}}]"
 
 
+def _request(request: dict[str, Any]) -> str:
+    return request["name"] if request["default"] is None else f"{request['name']} (default {request['default']:g})"
+
+
 def _show_diff(found: list[dict[str, Any]]) -> None:
     for graph in found:
         before, after = graph["total"]
@@ -721,6 +739,7 @@ def inspect(
         )
         click.echo(f"embeddings {embeddings['parameters']:,} numbers at {len(embeddings['sites'])} sites")
         click.echo(f"open       {opened}{sizes}")
+        click.echo(f"requests   {', '.join(map(_request, found['requests'])) or 'none'}")
         click.echo(f"built      {', '.join(found['engines']) or 'nothing yet'}")
         total = sum(found["files"].values())
         click.echo(f"files      {len(found['files'])}, {total / 1e6:.2f} MB, all hashes right")

@@ -1,4 +1,5 @@
-"""Train a small unconditional UNet2DModel (eps-prediction, DDPM schedule) and save it as a diffusers pipeline directory.
+"""Train a small backbone (eps-prediction, DDPM schedule) and save it as a diffusers pipeline directory: an unconditional
+UNet2DModel, or a DiTTransformer2DModel with class labels, which are left out for a share of the images, for guidance.
 
 The data may be a folder of images, a zip or tar of one, or an npz holding one uint8 array of images
 ``[count, height, width]`` or ``[count, height, width, channels]``. Everything a run needs to go on is in one
@@ -6,6 +7,7 @@ safetensors checkpoint; batches depend on the seed and the iteration number only
 an uninterrupted one would have seen.
 
     python examples/train_backbone.py mnist_train.npz -o runs/mnist
+    python examples/train_backbone.py mnist_train.npz -o runs/mnist-dit --architecture dit    # labels: from the npz too
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ def load_images(source: Path, size: int, channels: int) -> torch.Tensor:
 
 
 def make_model(args: argparse.Namespace) -> torch.nn.Module:
+    if args.architecture == "dit":
+        return make_dit(args)
     from diffusers import UNet2DModel
 
     levels = len(args.block_out_channels)
@@ -55,7 +59,7 @@ def make_model(args: argparse.Namespace) -> torch.nn.Module:
 
 def load_model(args: argparse.Namespace, pipeline: Path) -> torch.nn.Module:
     model = make_model(args)
-    model.load_state_dict(load_file(pipeline / "unet" / "diffusion_pytorch_model.safetensors"))
+    model.load_state_dict(load_file(pipeline / PARTS[args.architecture] / "diffusion_pytorch_model.safetensors"))
     return model
 
 
@@ -91,6 +95,64 @@ def draw_timesteps(density: str, count: int, batch: int, generator: torch.Genera
     return (torch.randn(batch, generator=generator).sigmoid() * count).long().clamp(max=count - 1)
 
 
+def make_dit(args: argparse.Namespace) -> torch.nn.Module:
+    """A DiT that starts as the identity (Peebles & Xie 2023, arXiv 2212.09748, section 3.2); its last label is no class."""
+    from diffusers import DiTTransformer2DModel
+
+    model = DiTTransformer2DModel(
+        num_attention_heads=args.heads,
+        attention_head_dim=args.attention_head_dim,
+        in_channels=args.channels,
+        out_channels=args.channels,
+        num_layers=args.layers,
+        sample_size=args.size,
+        patch_size=args.patch_size,
+        num_embeds_ada_norm=args.classes,
+    )
+    for block in model.transformer_blocks:
+        block.norm1.emb.class_embedder.dropout_prob = 0.0  # every block would leave out other labels: we do, alike in all
+    for layer in [*(block.norm1.linear for block in model.transformer_blocks), model.proj_out_1, model.proj_out_2]:
+        layer.weight.data.zero_()
+        layer.bias.data.zero_()
+    return model
+
+
+def load_labels(source: Path, count: int) -> torch.Tensor:
+    """Class labels int64 ``[count]``: the array ``labels`` or ``y`` of an npz."""
+    import numpy as np
+
+    found = None
+    if source.suffix == ".npz":
+        with np.load(source, allow_pickle=False) as arrays:
+            found = next((arrays[name] for name in ("labels", "y") if name in arrays), None)
+    if found is None or found.shape != (count,) or found.dtype.kind not in "iu" or found.min() < 0:
+        raise SystemExit(
+            f"{source}: expected an npz with an array labels or y, an integer from 0 on for each image; found none"
+        )
+    return torch.from_numpy(found.astype(np.int64))
+
+
+def leave_out(labels: torch.Tensor, classes: int, share: float, generator: torch.Generator) -> torch.Tensor:
+    """The labels, a share of them replaced by the one for no class (Ho & Salimans 2022, arXiv 2207.12598, algorithm 1)."""
+    return labels.masked_fill(torch.rand(len(labels), generator=generator) < share, classes)
+
+
+PARTS = {"unet": "unet", "dit": "transformer"}  # architecture -> the pipeline's folder of the network
+
+
+def save_pipeline(model: torch.nn.Module, architecture: str, directory: Path) -> None:
+    """A diffusers pipeline directory. That of a DiT has no VAE, so diffusers' DiTPipeline does not open it whole."""
+    if architecture == "unet":
+        from diffusers import DDPMPipeline
+
+        DDPMPipeline(unet=model, scheduler=make_scheduler()).save_pretrained(directory)
+        return
+    model.save_pretrained(directory / PARTS[architecture])
+    make_scheduler().save_pretrained(directory / "scheduler")
+    parts = {PARTS[architecture]: ["diffusers", "DiTTransformer2DModel"], "scheduler": ["diffusers", "DDPMScheduler"]}
+    (directory / "model_index.json").write_text(json.dumps({"_class_name": "DiTPipeline", **parts}, indent=2) + "\n")
+
+
 class Checkpoint:
     """Model, moving average and Adam moments in one safetensors file, replaced atomically."""
 
@@ -118,7 +180,9 @@ class Checkpoint:
         return int(metadata["iteration"]), float(metadata["seconds"])
 
 
-def train(args: argparse.Namespace, images: torch.Tensor, bar: Progress) -> tuple[torch.nn.Module, float]:
+def train(
+    args: argparse.Namespace, images: torch.Tensor, bar: Progress, labels: torch.Tensor | None = None
+) -> tuple[torch.nn.Module, float]:
     """Run (or go on with) the training and return the model holding the averaged weights, and the seconds spent."""
     torch.manual_seed(args.seed)
     model = make_model(args)
@@ -136,15 +200,19 @@ def train(args: argparse.Namespace, images: torch.Tensor, bar: Progress) -> tupl
     clock, average, log = time.monotonic() - spent, None, (args.output / "log.jsonl").open("a")
     for iteration in range(start, args.iterations):
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + iteration)
-        x0 = images[torch.randint(len(images), (args.batch,), generator=generator)].float() / 127.5 - 1
+        rows = torch.randint(len(images), (args.batch,), generator=generator)
+        x0 = images[rows].float() / 127.5 - 1
         if args.flip:
             x0 = torch.where(torch.rand(args.batch, 1, 1, 1, generator=generator) < 0.5, x0.flip(-1), x0)
         noise = torch.randn(x0.shape, generator=generator)
         t = draw_timesteps(args.timesteps, len(alphas_cumprod), args.batch, generator)
+        told = {}
+        if labels is not None:
+            told["class_labels"] = leave_out(labels[rows], args.classes, args.label_dropout, generator)
         alpha_bar = alphas_cumprod[t].view(-1, 1, 1, 1)
         with torch.autocast("cpu", torch.bfloat16, enabled=args.autocast), sdpa_kernel(SDPBackend.MATH):
             x = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
-            prediction, target = model(x, t).sample, noise if guided is None else guided(x, t)
+            prediction, target = model(x, timestep=t, **told).sample, noise if guided is None else guided(x, t)
         loss = (prediction.float() - target).square().mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -184,6 +252,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--attention-levels", type=int, nargs="*", default=[2], help="levels with attention, 0 = full size")
     parser.add_argument("--attention-head-dim", type=int, default=32)
     parser.add_argument("--norm-num-groups", type=int, default=8)
+    parser.add_argument("--architecture", choices=tuple(PARTS), default="unet")
+    parser.add_argument("--layers", type=int, default=4, help="blocks of a DiT")
+    parser.add_argument("--heads", type=int, default=4, help="attention heads of a DiT, --attention-head-dim wide each")
+    parser.add_argument("--patch-size", type=int, default=4, help="pixels along an axis that a DiT sees as one token")
+    parser.add_argument("--label-dropout", type=float, default=0.1, help="share of images whose label a DiT is not told")
     parser.add_argument("--iterations", type=int, default=12_000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -199,6 +272,10 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.guide and not args.init:
         parser.error("--guide wants --init: the backbone that is guided")
+    if args.architecture == "dit" and args.guide:
+        parser.error("--guide is for a UNet: a DiT is guided by its labels, when it is exported")
+    if args.architecture == "dit" and args.size % args.patch_size:
+        parser.error(f"--patch-size divides --size; {args.patch_size} does not divide {args.size}")
     return args
 
 
@@ -206,15 +283,15 @@ def main() -> None:
     args = parse()
     if args.threads:
         torch.set_num_threads(args.threads)
-    from diffusers import DDPMPipeline
-
     args.output.mkdir(parents=True, exist_ok=True)
     images = load_images(args.data, args.size, args.channels)
+    labels = load_labels(args.data, len(images)) if args.architecture == "dit" else None
+    args.classes = 0 if labels is None else int(labels.max()) + 1
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"))
     with Progress(*columns, TimeRemainingColumn()) as bar:
-        model, seconds = train(args, images, bar)
+        model, seconds = train(args, images, bar, labels)
     model = model.half() if args.fp16 else model
-    DDPMPipeline(unet=model, scheduler=make_scheduler()).save_pretrained(args.output / "pipeline")
+    save_pipeline(model, args.architecture, args.output / "pipeline")
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{len(images)} images, {parameters} parameters, {args.iterations} iterations, {seconds:.0f} s")
     print(f"saved {args.output / 'pipeline'}")

@@ -14,9 +14,10 @@ import math
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -51,6 +52,9 @@ class Adapter(ABC, torch.nn.Module):
         tokens: the length of a prompt, padded; None for networks without one.
         requests: what is given once per request beside the noise, such as class labels.
         source: where it was loaded from, by name.
+        negatives: what the negative branch of classifier-free guidance gets for a request input: a number (the label of no
+            class), or None for what the positive branch gets. One that is not here is given again, as ``negative_<name>``.
+        branches: how many rows of the network's batch an image takes.
     """
 
     family: str
@@ -63,6 +67,8 @@ class Adapter(ABC, torch.nn.Module):
     patch_size: int = 1
     tokens: int | None = None
     requests: tuple[Request, ...] = ()
+    negatives: Mapping[str, int | None] = MappingProxyType({})
+    branches: int = 1
     prediction_type: str
     levels: Levels
     config: dict[str, Any]

@@ -105,7 +105,8 @@ def compile_bundle(
     report.advance(task)
     task = report.task("compiling", 2 + len(options.realisations))
     conditioned = conditioned_graph(generic, time_embedding, sites)
-    steps = Steps(generic, plan, embeddings, options, [request.name for request in adapter.requests], height_width)
+    requests = [request.name for request in adapter.requests]
+    steps = Steps(generic, plan, embeddings, options, requests, height_width, adapter.branches)
     report.advance(task, 1, "splitting")
     weights = WeightFile(directory / "graphs" / "weights.bin")
     everything, size = _weights(conditioned), Size.of(conditioned)

@@ -20,6 +20,7 @@ from mteo_deploy.embeddings import EmbeddingSet
 from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.base import Adapter, load_backbone, site_dict
 from mteo_deploy.exporters.compiler import Compiled, compile_bundle
+from mteo_deploy.exporters.guidance import guided
 from mteo_deploy.exporters.options import AXES, OPTIONAL, Options
 from mteo_deploy.plan import Plan, default_substeps, reference_plan, run
 from mteo_deploy.progress import reporter
@@ -195,6 +196,27 @@ def _choose(
     return chosen
 
 
+def _guidance(
+    chosen: EmbeddingSet, plain: bool, scale: float | None, null_class: int | None
+) -> tuple[float | None, int | None]:
+    """Scale and null class to export with: those that a set was learned at.
+
+    Raises:
+        InputError: when others are asked for than the set's.
+    """
+    if plain:
+        return scale, null_class
+    learned = chosen.guidance
+    for option, asked, own in (("--guidance-scale", scale, learned[0]), ("--null-class", null_class, learned[1])):
+        if asked is not None and asked != own:
+            at = "without one" if own is None else f"at {own:g}"
+            raise InputError(
+                f"expected {option} as the embedding set was learned, {at}; found {asked:g}; leave it out, or make a set with: "
+                f"mteo-deploy distill {option} {asked:g} -o embeddings.safetensors"
+            )
+    return learned
+
+
 def export(
     output: Path | str,
     *,
@@ -204,6 +226,8 @@ def export(
     solver: str | None = None,
     schedule: str | None = None,
     plain: bool = False,
+    guidance_scale: float | None = None,
+    null_class: int | None = None,
     realisations: Sequence[str] = NAMES,
     passes: Sequence[str] = OPTIONAL,
     dynamic: Sequence[str] | None = None,
@@ -222,6 +246,9 @@ def export(
         solver: which packaged set, or the plain solver; None for the set's own (Euler for the packaged sets).
         schedule: of the plain solver's time points; None for the backbone's default.
         plain: use the pretrained embeddings unchanged (the plain solver).
+        guidance_scale: of classifier-free guidance, where a request names no other; None for what the embedding set was learned
+            at, or for no guidance with ``plain``.
+        null_class: the label of no class, for guidance of a backbone that does not know its own; None for the set's.
         realisations: which to write, of ``baked``, ``table`` and ``fused``; they share their weights.
         passes: optional compiler passes to run.
         dynamic: axes of the state to leave open, of ``batch``, ``height`` and ``width``; None for the batch, unless ``batch``
@@ -251,6 +278,7 @@ def export(
     size = _other_size(adapter, options.dynamic)
     name = adapter.source if isinstance(model, Adapter) else model
     chosen = _choose(name, embeddings, steps, solver, schedule, plain, adapter)
+    adapter = guided(adapter, *_guidance(chosen, plain, guidance_scale, null_class))
     sites: Mapping[str, int] = site_dict(adapter.sites)
     chosen.check(adapter.fingerprint(), sites)
     clock = time.monotonic()

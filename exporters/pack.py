@@ -19,7 +19,7 @@ LARGEST = 2**14
 """Numbers per image above which a tensor crosses alone: packed, it would be copied at every step to save one input."""
 
 
-def pack(template: ir.Model, prelude: ir.Model, sources: Sequence[Mapping[str, str]]) -> None:
+def pack(template: ir.Model, prelude: ir.Model, sources: Sequence[Mapping[str, str]], branches: int = 1) -> None:
     """Let the small tensors that differ between evaluations cross as one per evaluation, in place.
 
     The template then takes ``request/packed`` instead of them, and the prelude gives ``step_<ii>/request/packed``.
@@ -28,6 +28,7 @@ def pack(template: ir.Model, prelude: ir.Model, sources: Sequence[Mapping[str, s
         template: the step graph of all evaluations, with what was hoisted as inputs.
         prelude: of all evaluations.
         sources: per evaluation, input of the template -> output of the prelude.
+        branches: rows of the network's batch for each image; with several, the tensors that have them are packed.
     """
     inputs = {value.name: value for value in template.graph.inputs}
     outputs = {value.name: value for value in prelude.graph.outputs}
@@ -36,7 +37,7 @@ def pack(template: ir.Model, prelude: ir.Model, sources: Sequence[Mapping[str, s
         name
         for name in sources[0]
         if _is_small(inputs[name])
-        and inputs[name].shape[0] == batch  # type: ignore[index]  # small: it has one
+        and (inputs[name].shape[0] == batch) == (branches == 1)  # type: ignore[index]  # small: it has one
         and all(_is_small(outputs[source[name]]) for source in sources)
         and (len(sources) == 1 or len({source[name] for source in sources}) > 1)
     ]

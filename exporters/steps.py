@@ -15,6 +15,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common
 
+from mteo_deploy.exporters.branches import cross_by_image
 from mteo_deploy.exporters.evaluate import evaluate
 from mteo_deploy.exporters.options import Options
 from mteo_deploy.exporters.pack import pack
@@ -42,6 +43,7 @@ class Steps:
 
     Attributes:
         size: a height and width that the network takes, to compare numbers at where they are open.
+        branches: rows of the network's batch for each image of a request.
         prelude: the request-time part of all of them, ``requests -> step_<ii>/request/<layer> ...``; None when none.
     """
 
@@ -53,8 +55,9 @@ class Steps:
         options: Options,
         requests: Sequence[str] = (),
         size: tuple[int, ...] = (2, 2),
+        branches: int = 1,
     ) -> None:
-        self.template, self.plan, self.options, self.size = generic, plan, options, size
+        self.template, self.plan, self.options, self.size, self.branches = generic, plan, options, size, branches
         run_passes(generic, [Fold(), Views()])
         names = [value.name or "" for value in generic.graph.inputs[1:] if value.name not in requests]
         self.embeddings, self.time_part = names, split_time_part(generic, names)
@@ -86,9 +89,15 @@ class Steps:
             bound.append(part)
         self.prelude = join_preludes(bound)
         self._renamed = merge_outputs(self.prelude)
-        names = [value.name or "" for value in self.template.graph.inputs if (value.name or "").startswith(HOISTED)]
-        pack(self.template, self.prelude, [self.sources(i, {"inputs": names}) for i in range(len(self.values))])
+        pack(self.template, self.prelude, self._crossing(), self.branches)
+        if self.branches > 1:
+            cross_by_image(self.template, self.prelude, self._crossing(), self.branches)
         self.prelude_passes = run_passes(self.prelude, [BatchGemms()], random_feeds(self.prelude))
+
+    def _crossing(self) -> list[dict[str, str]]:
+        """Per evaluation, each of the template's hoisted inputs -> output of the prelude."""
+        names = [value.name for value in self.template.graph.inputs if (value.name or "").startswith(HOISTED)]
+        return [self.sources(i, {"inputs": names}) for i in range(len(self.values))]
 
     def sources(self, index: int, entry: Mapping[str, Any]) -> dict[str, str]:
         """Which output of the prelude each of a step graph's inputs takes at evaluation ``index``."""

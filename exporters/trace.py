@@ -89,7 +89,8 @@ def trace_generic(adapter: Adapter, dynamic: Collection[str] = ()) -> ir.Model:
     embeddings = [torch.zeros(1, site.width) for site in adapter.sites]
     requests = list(adapter.draw_requests(2, 0).values())
     names = ["state", *(embedding_input(site.name) for site in adapter.sites), *(r.name for r in adapter.requests)]
-    batch = {0: torch.export.Dim("batch", min=1, max=63)}  # diffusers copies from 64 on: a range over it is traced twice
+    largest = 63 // adapter.branches  # diffusers copies from 64 on: a range over it is traced twice
+    batch = {0: torch.export.Dim("batch", min=1, max=largest)}
     shapes = (batch | _open_sizes(adapter, dynamic), [None] * len(embeddings), [batch] * len(requests))
     return _export(_Generic(adapter), (state, embeddings, requests), names, ["output"], shapes)
 

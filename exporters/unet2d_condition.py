@@ -6,6 +6,7 @@ on request inputs alone, so the compiler moves them to the prelude, and so it do
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ class UNet2DConditionAdapter(UNetAdapter):
     network_class = UNet2DConditionModel
     network: UNet2DConditionModel
     tokens = TOKENS
+    negatives = MappingProxyType({"time_ids": None})
 
     def __init__(self, network: UNet2DConditionModel, scheduler_config: dict[str, Any]) -> None:
         super().__init__(network, scheduler_config)

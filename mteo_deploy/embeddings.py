@@ -47,6 +47,12 @@ class EmbeddingSet:
         """How many numbers were learned."""
         return sum(delta.size for delta in self.deltas.values())
 
+    @property
+    def guidance(self) -> tuple[float | None, int | None]:
+        """Scale of classifier-free guidance and label of no class that the set was learned with; None for none."""
+        found = self.training.get("guidance") or {}
+        return found.get("scale"), found.get("null_class")
+
     def sha256(self) -> str:
         """Hash of names, shapes and values (not of the file's bytes)."""
         digest = hashlib.sha256(json.dumps(self.plan.to_json(), sort_keys=True).encode())

@@ -65,6 +65,7 @@ def inspect(path: Path | str) -> dict[str, Any]:
         **{key: manifest[key] for key in ("schema", "versions", "backbone", "embeddings", "precision", "batch")},
         "batches": bundle.batches,
         "dynamic": manifest.get("dynamic", []),
+        "requests": [request.to_json() for request in bundle.requests],
         "plan": _plan(bundle.plan),
         "compiler": manifest["compiler"],
         "files": {name: entry["bytes"] for name, entry in manifest["files"].items()},

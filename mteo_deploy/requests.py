@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from mteo_deploy.errors import BundleError, InputError
 
 Arrays = Mapping[str, NDArray[Any]]
+GUIDANCE_SCALE, NEGATIVE = "guidance_scale", "negative_"
+"""Request inputs of classifier-free guidance: its scale, and how what its negative branch gets begins."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,14 @@ class Request:
         shape: of one image's value; the graph's input is ``[batch, *shape]``.
         high: for integers, one more than the largest value; what it may be otherwise is not known here, so a backbone learns
             from values that its user has.
+        default: what it is, everywhere in ``shape``, where nobody gives it; None where it must be given.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...] = ()
     high: int | None = None
+    default: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -45,12 +49,15 @@ class Request:
         """
         try:
             high = None if data["high"] is None else int(data["high"])
-            return cls(str(data["name"]), str(np.dtype(data["dtype"])), tuple(int(d) for d in data["shape"]), high)
-        except (KeyError, TypeError, ValueError) as error:
+            default = None if data.get("default") is None else float(data["default"])
+            return cls(str(data["name"]), str(np.dtype(data["dtype"])), tuple(int(d) for d in data["shape"]), high, default)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise BundleError(f"expected a request input with name, dtype, shape and high ({error!r}); export again") from None
 
     def draw(self, count: int, seed: int) -> NDArray[Any]:
-        """Random values ``[count, *shape]``: integers below ``high``, else standard normal."""
+        """Values ``[count, *shape]``: the default, else random: integers below ``high``, or standard normal."""
+        if self.default is not None:
+            return np.full((count, *self.shape), self.default, self.dtype)
         generator = np.random.default_rng([seed, *self.name.encode()])
         if self.high is not None:
             return generator.integers(self.high, size=(count, *self.shape)).astype(self.dtype)
@@ -70,6 +77,8 @@ class Request:
         integers = self.high is not None
         if integers and (found.dtype.kind not in "iu" or found.min() < 0 or found.max() >= (self.high or 0)):
             raise InputError(f"expected {self.name} as integers in [0, {self.high}); found {np.unique(found)[:8].tolist()}")
+        if found.dtype.kind not in "biuf" or not np.isfinite(found).all():
+            raise InputError(f"expected {self.name} as finite numbers; found {found.dtype} with others")
         return np.ascontiguousarray(np.broadcast_to(found, (count, *self.shape)).astype(self.dtype))
 
 
@@ -92,7 +101,7 @@ def draw_all(
     """Request inputs for ``count`` images: rows of ``given``, the same row of every array, else random values.
 
     Args:
-        given: name -> ``[rows, *shape]``.
+        given: name -> ``[rows, *shape]``, or one row of what is the same for all.
 
     Raises:
         InputError: when ``given`` lacks one or has another, or their rows differ in number or do not fit.
@@ -100,24 +109,35 @@ def draw_all(
     if given is None:
         return {request.name: request.draw(count, seed) for request in requests}
     rows = {len(values) if np.ndim(values) else 0 for values in given.values()}
-    if len(rows) > 1 or 0 in rows:
-        raise InputError(f"expected as many values of each request input; found {sorted(rows)}")
-    whole = take_all(requests, given, next(iter(rows), 0))
-    chosen = np.random.default_rng(seed).integers(next(iter(rows), 1), size=count)
+    most = max(rows, default=1)
+    if not rows <= {1, most} or 0 in rows:
+        raise InputError(f"expected as many values of each request input, or 1; found {sorted(rows)}")
+    whole = take_all(requests, given, most)
+    chosen = np.random.default_rng(seed).integers(most, size=count)
     return {name: values[chosen] for name, values in whole.items()}
 
 
 def take_all(requests: Sequence[Request], given: Mapping[str, Any], count: int) -> dict[str, NDArray[Any]]:
     """Every request input's values for ``count`` images.
 
+    Args:
+        given: name -> value; what has a default may be left out.
+
     Raises:
         InputError: when one is missing, unknown, or does not fit.
     """
     names = [request.name for request in requests]
+    given = {r.name: r.default for r in requests if r.default is not None} | {n: v for n, v in given.items() if v is not None}
     unknown = sorted(set(given) - set(names))
-    missing = [name for name in names if given.get(name) is None]
+    missing = [name for name in names if name not in given]
     if unknown or missing:
         takes = ", ".join(names) or "no request inputs"
         wrong = ", ".join([*(f"{name} missing" for name in missing), *(f"{name} too many" for name in unknown)])
-        raise InputError(f"expected a value for each of: {takes}; found {wrong}")
-    return {request.name: request.take(given[request.name], count) for request in requests}
+        way_out = "; export with --guidance-scale for guidance" if GUIDANCE_SCALE in unknown else ""
+        raise InputError(f"expected a value for each of: {takes}; found {wrong}{way_out}")
+    return {request.name: request.take(_filled(request, given[request.name]), count) for request in requests}
+
+
+def _filled(request: Request, value: Any) -> Any:
+    """One number stands for a whole value where the default does."""
+    return np.full(request.shape, value) if request.default is not None and np.ndim(value) == 0 else value

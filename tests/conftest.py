@@ -58,7 +58,7 @@ def _traced_once() -> Iterator[None]:
     made: dict[Any, Any] = {}
 
     def generic(adapter: Adapter, dynamic: Collection[str]) -> ir.Model:
-        key = adapter.fingerprint(), *sorted({*dynamic} - {"batch"})
+        key = adapter.fingerprint(), adapter.requests, *sorted({*dynamic} - {"batch"})
         if key not in made:
             made[key] = trace_generic(adapter, dynamic)
         return made[key].clone()

@@ -22,6 +22,7 @@ from mteo_deploy.distillation.trajectories import digest, reference_trajectories
 from mteo_deploy.embeddings import EmbeddingSet
 from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.base import Adapter, load_backbone
+from mteo_deploy.exporters.guidance import guided
 from mteo_deploy.plan import reference_plan
 from mteo_deploy.progress import reporter
 from mteo_deploy.requests import Arrays, draw_all, read
@@ -33,7 +34,7 @@ def _requests(adapter: Adapter, requests: Path | str | Arrays | None) -> Arrays 
     Raises:
         InputError: when the backbone wants what cannot be drawn at random, such as prompts.
     """
-    wanted = [request.name for request in adapter.requests if request.high is None]
+    wanted = [request.name for request in adapter.requests if request.high is None and request.default is None]
     if requests is None and wanted:
         raise InputError(
             f"expected values of {', '.join(wanted)} to learn from (prompt embeddings, say); pass --requests FILE, an npz with "
@@ -81,6 +82,8 @@ def distill(
     features: Features | None = None,
     cache: Path | str | None = None,
     device: str | None = None,
+    guidance_scale: float | None = None,
+    null_class: int | None = None,
     quiet: bool = False,
 ) -> EmbeddingSet:
     """Learn an embedding set and write it to ``output``.
@@ -102,6 +105,8 @@ def distill(
             counts with the recipe's ``feature_weight``.
         cache: a directory that keeps reference trajectories for runs that share them; None: nothing is kept.
         device: ``cpu`` or ``cuda``; None for what torch has.
+        guidance_scale: of classifier-free guidance, in the reference trajectories as in what is learned; None for none.
+        null_class: the label of no class, where the backbone does not know its own.
 
     Returns:
         The set; its ``training`` holds the parameters trained, the time, and the error before and after.
@@ -114,14 +119,17 @@ def distill(
         raise InputError(f"expected an output file ending in .safetensors; found {output}")
     feature_name = _named(features, recipe)
     processes = Processes(device_of(device))
-    adapter = model if isinstance(model, Adapter) else load_backbone(Path(model))
+    loaded = model if isinstance(model, Adapter) else load_backbone(Path(model))
+    adapter = guided(loaded, guidance_scale, null_class)
     plan = adapter.compile_plan(steps, solver, schedule)
     fingerprint = adapter.fingerprint()
     given = _requests(adapter, requests)
     adapter.to(processes.device)
     student = Student(adapter, plan, recipe)
     begun = _record(init, student)
-    key = json.dumps([fingerprint, plan.to_json(), asdict(recipe), digest(given), begun, feature_name], sort_keys=True)
+    guidance = None if guidance_scale is None else {"scale": guidance_scale, "null_class": null_class}
+    depends = [fingerprint, plan.to_json(), asdict(recipe), digest(given), begun, feature_name, guidance]
+    key = json.dumps(depends, sort_keys=True)
     output.parent.mkdir(parents=True, exist_ok=True)
     checkpoint = output.with_suffix(".checkpoint.safetensors")
     held_out = max(16, recipe.trajectories // 8)
@@ -150,6 +158,7 @@ def distill(
     count = sum(parameter.numel() for parameter in student.parameters())
     training = {
         "recipe": asdict(recipe),
+        "guidance": guidance,
         "reference": {
             "solver": recipe.teacher,
             "evaluations": len(reference_plan(plan, adapter.levels, substeps, recipe.teacher).evaluations),

@@ -106,7 +106,9 @@ def reference_trajectories(
     path = None
     if cache is not None:
         drawn = digest({name: values.numpy() for name, values in requests.items()})
-        path = _path(cache, adapter.fingerprint(), fine.to_json(), substeps, list(noise.shape), seed, drawn)
+        path = _path(
+            cache, adapter.fingerprint(), fine.to_json(), substeps, list(noise.shape), seed, drawn, dict(adapter.negatives)
+        )
         if path.exists():
             progress(count)
             return Trajectories.load(path)
