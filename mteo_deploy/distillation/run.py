@@ -145,7 +145,7 @@ def _error(student: Student, data: Trajectories, batch: int) -> float:
     errors = []
     for i in range(0, data.noise.shape[0], batch):
         part = data.take(slice(i, i + batch))
-        errors.append((student(part.noise, part.requests)[-1] - part.states[-1]).square().mean(dim=(1, 2, 3)))
+        errors.append((student(part.noise, part.requests)[-1] - part.states[-1]).square().flatten(1).mean(1))
     return float(torch.cat(errors).mean())
 
 
