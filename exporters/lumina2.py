@@ -77,17 +77,17 @@ class Lumina2Adapter(HookedAdapter):
         """Positions, ahead of any trace: of a prompt's tokens one after the other, of the image's by row and column."""
         along, *inside = (Rotation.of(factors) for factors in self.network.rope_embedder.freqs_cis)
         rows, columns = (size // self.patch_size for size in self.sample_shape[1:])
-        places, token = torch.arange(rows * columns), torch.arange(self.tokens)
+        places, token = (torch.arange(count, device=along.cos.device) for count in (rows * columns, self.tokens))
         self._along = along
         self._prompt = Rotation.joined([along.at(token), *(axis.at(0 * token) for axis in inside)], -1)
         self._image = Rotation.joined([inside[0].at(places // columns), inside[1].at(places % columns)], -1)
 
     def _turns(self, length: torch.Tensor) -> tuple[Rotation, Rotation]:
         """Of prompt and image, ``[batch, tokens, ...]``: an image's tokens all come after its prompt."""
-        batch, places = length.shape[0], self._image.cos.shape[0]
-        after = self._along.at(length).unsqueeze(1).expand(batch, places, -1)
-        image = Rotation.joined([after, self._image.expand(batch, places, -1)], -1)
-        return self._prompt.expand(batch, self.tokens, -1), image
+        along, prompt, image = (turn.to(length.device) for turn in (self._along, self._prompt, self._image))
+        batch, places = length.shape[0], image.cos.shape[0]
+        after = along.at(length).unsqueeze(1).expand(batch, places, -1)
+        return prompt.expand(batch, self.tokens, -1), Rotation.joined([after, image.expand(batch, places, -1)], -1)
 
     def embeddings(self, timestep: torch.Tensor) -> tuple[torch.Tensor, ...]:
         embed = self.network.time_caption_embed

@@ -76,7 +76,8 @@ class QwenImageAdapter(HookedAdapter):
     def _place(self) -> None:
         """Positions of image and prompt, ahead of any trace."""
         with torch.no_grad():
-            found = self.network.pos_embed(self._shapes, max_txt_seq_len=self.tokens, device=torch.device("cpu"))
+            place = self.network.pos_embed
+            found = place(self._shapes, max_txt_seq_len=self.tokens, device=place.pos_freqs.device)
         self._turns = tuple(Rotation.of(factors) for factors in found)
 
     def _turn(self, module: torch.nn.Module, args: Any, output: Any) -> Any:

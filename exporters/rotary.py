@@ -33,7 +33,10 @@ class Rotation:
 
     def at(self, index: torch.Tensor) -> Rotation:
         """Of some positions, out of a table of all."""
-        return Rotation(self.cos.to(index.device)[index], self.sin.to(index.device)[index])
+        return Rotation(self.cos[index], self.sin[index])
+
+    def to(self, device: torch.device) -> Rotation:
+        return Rotation(self.cos.to(device), self.sin.to(device))
 
     def unsqueeze(self, dim: int) -> Rotation:
         return Rotation(self.cos.unsqueeze(dim), self.sin.unsqueeze(dim))

@@ -94,7 +94,7 @@ def cogvideox(**options: Any) -> CogVideoXTransformer3DModel:
         out_channels=4,
         time_embed_dim=12,
         text_embed_dim=10,
-        num_layers=2,
+        num_layers=1,
         sample_width=8,
         sample_height=4,
         sample_frames=9,
@@ -108,7 +108,7 @@ def sana(**options: Any) -> SanaTransformer2DModel:
         sample_size=8,
         in_channels=4,
         out_channels=4,
-        num_layers=2,
+        num_layers=1,
         num_attention_heads=2,
         attention_head_dim=12,
         num_cross_attention_heads=2,
@@ -181,12 +181,12 @@ FAMILIES = {
     ),
     "lumina2": Family(lumina, call_lumina, FLOW, 3, ("timestep_embedder", "norm1.linear", "norm_out.linear_1"), 0),
     "cogvideox-2b": Family(
-        cogvideox, call_plain, DDIM(), 5, ("time_embedding", "norm1.linear", "norm2.linear", "norm_out.linear"), 8
+        cogvideox, call_plain, DDIM(), 3, ("time_embedding", "norm1.linear", "norm2.linear", "norm_out.linear"), 8
     ),
     "cogvideox-5b": Family(
-        partial(cogvideox, use_rotary_positional_embeddings=True), call_rotary, DDIM(), 5, ("time_embedding",), 8, exported=False
+        partial(cogvideox, use_rotary_positional_embeddings=True), call_rotary, DDIM(), 3, ("time_embedding",), 8, exported=False
     ),
-    "sana": Family(sana, call_plain, FLOW, 3, ("time_embed",), 4),
+    "sana": Family(sana, call_plain, FLOW, 2, ("time_embed",), 4),
 }
 EXPORTED = [name for name, family in FAMILIES.items() if family.exported]
 
