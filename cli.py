@@ -425,6 +425,7 @@ def sample(
     requests |= {} if guidance_scale is None else {given.GUIDANCE_SCALE: guidance_scale}
     shape = None if size is None else _size(size)
     with Sampler.load(bundle, **options) as sampler, reporter(quiet or as_json) as report:
+        images.check_output(output, sampler.bundle.sample_shape)
         clock = time.perf_counter()
         task = report.task("sampling", num)
         drawn = sampler(num, seed, batch, lambda n: report.advance(task, n), requests, shape)

@@ -44,7 +44,7 @@ class Adapter(ABC, torch.nn.Module):
         family: the name of the network class this adapter serves, e.g. ``UNet2DModel``.
         network_class: that class; :meth:`load` reads it with its ``from_pretrained``.
         sites: in the order the embeddings are passed.
-        sample_shape: ``(channels, height, width)``.
+        sample_shape: ``(channels, height, width)``; of videos ``(frames, channels, height, width)``.
         size_multiple: the graph can leave height and width open, for multiples of this; None: it cannot.
         fixed_multiple: a graph can be made for another height and width, multiples of this; None: for its own only, or for
             those of ``size_multiple``.
@@ -196,15 +196,21 @@ class Adapter(ABC, torch.nn.Module):
 
 def families() -> dict[str, type[Adapter]]:
     """Network class name -> adapter."""
+    from mteo_deploy.exporters.auraflow import AuraFlowAdapter
+    from mteo_deploy.exporters.cogvideox import CogVideoXAdapter
     from mteo_deploy.exporters.dit import DiTAdapter
     from mteo_deploy.exporters.flux import FluxAdapter
+    from mteo_deploy.exporters.lumina2 import Lumina2Adapter
     from mteo_deploy.exporters.pixart import PixArtAdapter
+    from mteo_deploy.exporters.qwen_image import QwenImageAdapter
+    from mteo_deploy.exporters.sana import SanaAdapter
     from mteo_deploy.exporters.sd3 import SD3Adapter
     from mteo_deploy.exporters.unet2d import UNet2DAdapter
     from mteo_deploy.exporters.unet2d_condition import UNet2DConditionAdapter
 
     adapters: tuple[type[Adapter], ...] = (UNet2DAdapter, UNet2DConditionAdapter, DiTAdapter)
     adapters += (PixArtAdapter, SD3Adapter, FluxAdapter)
+    adapters += (QwenImageAdapter, AuraFlowAdapter, Lumina2Adapter, CogVideoXAdapter, SanaAdapter)
     return {adapter.family: adapter for adapter in adapters}
 
 

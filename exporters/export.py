@@ -49,11 +49,11 @@ def _embeddings_at(adapter: Adapter, embeddings: EmbeddingSet, index: int) -> di
 def _reference(adapter: Adapter, embeddings: EmbeddingSet, path: Path, size: tuple[int, ...]) -> None:
     """Store noise and the torch sampler's states, for verification without torch; of another size too, where it is open."""
     requests = adapter.draw_requests(REFERENCE_COUNT, REFERENCE_SEED)
-    channels, *own = adapter.sample_shape
+    others, own = adapter.sample_shape[:-2], adapter.sample_shape[-2:]
     found = _torch_trajectory(adapter, embeddings, adapter.sample_shape, requests)
-    if size != tuple(own):
+    if size != own:
         part = {name: values[:OTHER_COUNT] for name, values in requests.items()}
-        other = _torch_trajectory(adapter, embeddings, (channels, *size), part, OTHER_COUNT)
+        other = _torch_trajectory(adapter, embeddings, (*others, *size), part, OTHER_COUNT)
         found |= {f"other/{name}": values for name, values in other.items()}
     found |= {f"request/{name}": values for name, values in requests.items()}
     path.parent.mkdir()
@@ -90,7 +90,7 @@ def _other_size(adapter: Adapter, dynamic: Collection[str]) -> tuple[int, ...]:
     Raises:
         InputError: when the backbone takes no other.
     """
-    _, height, width = adapter.sample_shape
+    height, width = adapter.sample_shape[-2:]
     opened = [axis for axis in ("height", "width") if axis in dynamic]
     if not opened:
         return height, width

@@ -13,6 +13,7 @@ from diffusers import FluxTransformer2DModel
 
 from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.modulated import ModulatedAdapter
+from mteo_deploy.exporters.patches import pack, unpack
 from mteo_deploy.requests import Request
 
 SIZE = 128
@@ -48,18 +49,16 @@ class FluxAdapter(ModulatedAdapter):
             self.requests += (Request("guidance", "float32"),)
 
     def call(self, state: torch.Tensor, requests: dict[str, torch.Tensor]) -> torch.Tensor:
-        channels, rows, columns = state.shape[1], state.shape[2] // 2, state.shape[3] // 2
-        patches = state.reshape(-1, channels, rows, 2, columns, 2).permute(0, 2, 4, 1, 3, 5)
+        rows, columns = state.shape[2] // 2, state.shape[3] // 2
         output = self.network(
-            patches.reshape(-1, rows * columns, 4 * channels),
+            pack(state),
             timestep=torch.zeros(1, device=state.device),
             img_ids=_positions(rows, columns, state.device),
             txt_ids=torch.zeros(self.tokens, 3, device=state.device),
             return_dict=False,
             **requests,
         )[0]
-        patches = output.reshape(-1, rows, columns, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
-        return patches.reshape(-1, channels, 2 * rows, 2 * columns)
+        return unpack(output, rows, columns)
 
 
 def _positions(rows: int, columns: int, device: torch.device) -> torch.Tensor:

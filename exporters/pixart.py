@@ -1,9 +1,7 @@
 """diffusers' ``PixArtTransformer2DModel``: PixArt-alpha and PixArt-Sigma.
 
-One shared projection (``adaln_single.linear``) makes six vectors of the time embedding for all blocks, to which each adds a
-table of its own. Sites are the blocks and the output's ``norm_out``; a site's embedding is the timestep embedder's output,
-before the sizes that PixArt-alpha at 1024 pixels takes are added, and goes through the shared projection for each block apart.
-So embedder and projection are gone from a step graph, and without sizes all modulation is constant.
+Sites are those of :mod:`~mteo_deploy.exporters.shared_projection`. A site's embedding is the timestep embedder's output, before the
+sizes that PixArt-alpha at 1024 pixels takes are added; without sizes all modulation is constant.
 """
 
 from __future__ import annotations
@@ -13,15 +11,14 @@ from typing import Any
 import torch
 from diffusers import PixArtTransformer2DModel
 
-from mteo_deploy.exporters.base import Site
-from mteo_deploy.exporters.hooks import Broadcast, HookedAdapter
+from mteo_deploy.exporters.shared_projection import SharedProjectionAdapter
 from mteo_deploy.requests import Request
 
 ALPHA_TOKENS, SIGMA_TOKENS = 120, 300
 """Length of a prompt in T5's tokens, padded."""
 
 
-class PixArtAdapter(HookedAdapter):
+class PixArtAdapter(SharedProjectionAdapter):
     """``PixArtTransformer2DModel``; of a network that predicts a variance too, the prediction is taken.
 
     Request inputs: ``encoder_hidden_states`` ``[tokens, caption_channels]`` and ``encoder_attention_mask`` ``[tokens]`` (1: a
@@ -37,10 +34,7 @@ class PixArtAdapter(HookedAdapter):
         config, size = network.config, int(network.config.sample_size)
         self.patch_size = self.fixed_multiple = int(config.patch_size)
         self.sample_shape = (int(config.in_channels), size, size)
-        for index, block in enumerate(network.transformer_blocks):
-            self.add_site(f"transformer_blocks.{index}", network.inner_dim, block, "timestep")
-        self.sites = (*self.sites, Site("norm_out", network.inner_dim))
-        network.adaln_single.register_forward_hook(self._separate)
+        self.share(network.adaln_single, network.inner_dim)
         if network.use_additional_conditions:
             self.silence(network.adaln_single.emb.timestep_embedder)
         self.set_tokens(ALPHA_TOKENS)
@@ -57,19 +51,6 @@ class PixArtAdapter(HookedAdapter):
         self.requests = (prompt, Request("encoder_attention_mask", "int64", (tokens,), high=2))
         if self.network.use_additional_conditions:
             self.requests += (Request("resolution", "float32", (2,)), Request("aspect_ratio", "float32", (1,)))
-
-    def _separate(self, module: torch.nn.Module, args: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> Any:
-        """The blocks get what requests add to the embedding, instead of a projection that all share; the output its own."""
-        return (output[1], super().meet(len(self.sites) - 1, output[1])) if self._given else None
-
-    def meet(self, index: int, found: torch.Tensor) -> Any:
-        shared = self.network.adaln_single
-        modulation = shared.linear(shared.silu(super().meet(index, found)))
-        return modulation if self._silenced else Broadcast(modulation)
-
-    def embeddings(self, timestep: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        embed = self.network.adaln_single.emb
-        return (embed.timestep_embedder(embed.time_proj(timestep)),) * len(self.sites)
 
     def call(self, state: torch.Tensor, requests: dict[str, torch.Tensor]) -> torch.Tensor:
         sizes = {name: requests[name] for name in ("resolution", "aspect_ratio") if name in requests}

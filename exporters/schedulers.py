@@ -26,6 +26,10 @@ def noise_levels(config: dict[str, Any], tokens: int | None = None) -> tuple[Lev
         if config.get("invert_sigmas"):
             raise InputError(f"expected a {name} whose sigmas fall; found invert_sigmas, not supported")
         return FlowLevels(_shift(config, tokens), float(config.get("num_train_timesteps", 1000))), "flow_prediction"
+    if prediction_type == "flow_prediction":
+        if not config.get("use_flow_sigmas"):
+            raise InputError(f"expected a {name} with use_flow_sigmas for prediction type flow_prediction; found none")
+        return FlowLevels(float(config.get("flow_shift", 1.0)), float(config.get("num_train_timesteps", 1000))), prediction_type
     if name.startswith("EDM"):
         if prediction_type != "epsilon":
             raise InputError(f"expected prediction type epsilon of {name}; found {prediction_type!r}")
@@ -62,14 +66,19 @@ def _plain(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
-def _alphas_cumprod(config: dict[str, Any]) -> NDArray[np.float64]:
-    from diffusers import DDPMScheduler
+LEAST = 2.0**-24
+"""Of ``abar``, where a schedule ends in noise alone: diffusers' multistep solvers put this there, since sigma has no end else."""
 
+
+def _alphas_cumprod(config: dict[str, Any]) -> NDArray[np.float64]:
+    import diffusers
+
+    own = _class_name(config) if _class_name(config).startswith("CogVideoX") else "DDPMScheduler"  # its snr_shift_scale
     try:
-        scheduler = DDPMScheduler.from_config({**_plain(config), "_class_name": "DDPMScheduler"})
-    except (NotImplementedError, ValueError, TypeError) as error:
-        raise InputError(f"expected a noise schedule that diffusers' DDPMScheduler knows; {error}") from None
-    return np.asarray(scheduler.alphas_cumprod.double().numpy())
+        scheduler = getattr(diffusers, own).from_config({**_plain(config), "_class_name": own})
+    except (AttributeError, NotImplementedError, ValueError, TypeError) as error:
+        raise InputError(f"expected a noise schedule that diffusers' {own} knows; {error}") from None
+    return np.maximum(np.asarray(scheduler.alphas_cumprod.double().numpy()), LEAST)
 
 
 def scheduler_points(config: dict[str, Any], steps: int, tokens: int | None = None) -> list[float]:

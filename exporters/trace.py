@@ -97,7 +97,8 @@ def trace_generic(adapter: Adapter, dynamic: Collection[str] = ()) -> ir.Model:
 
 def _open_sizes(adapter: Adapter, dynamic: Collection[str]) -> dict[int, Any]:
     """Axis -> what torch.export may assume: that the backbone can halve it as often as it does, and nothing more."""
-    axes = {axis: torch.export.Dim(name, min=1, max=4096) for axis, name in ((2, "height"), (3, "width")) if name in dynamic}
+    places = enumerate(("height", "width"), len(adapter.sample_shape) - 1)
+    axes = {axis: torch.export.Dim(name, min=1, max=4096) for axis, name in places if name in dynamic}
     return {axis: dim if adapter.size_multiple == 1 else adapter.size_multiple * dim for axis, dim in axes.items()}
 
 

@@ -140,7 +140,7 @@ class Bundle:
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
-        """Shape of one sample, ``(channels, height, width)``."""
+        """Shape of one sample, ``(channels, height, width)``; of a video ``(frames, channels, height, width)``."""
         return tuple(self.manifest["backbone"]["sample_shape"])
 
     def shape_at(self, size: tuple[int, int] | None) -> tuple[int, ...]:
@@ -149,7 +149,7 @@ class Bundle:
         Raises:
             InputError: for a size that the bundle does not take.
         """
-        channels, *own = self.sample_shape
+        own = self.sample_shape[-2:]
         if size is None:
             return self.sample_shape
         backbone, opened = self.manifest["backbone"], self.manifest.get("dynamic", [])
@@ -161,10 +161,10 @@ class Bundle:
             raise InputError(
                 f"expected --size {native}, since {' and '.join(fixed)} of this bundle are fixed; found {asked}; {way_out}"
             )
-        if list(size) != own and any(n < 1 or n % multiple for n in size):
+        if size != own and any(n < 1 or n % multiple for n in size):
             near = "x".join(str(max(1, round(n / multiple)) * multiple) for n in size)
             raise InputError(f"expected --size in multiples of {multiple}; found {asked}; the nearest is {near}")
-        return (channels, *size)
+        return (*self.sample_shape[:-2], *size)
 
     @property
     def batches(self) -> list[int]:

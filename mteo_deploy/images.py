@@ -1,4 +1,4 @@
-"""Images in and out of arrays: grids, single files, npz."""
+"""Images in and out of arrays: grids, single files, npz. Videos go to npz."""
 
 from __future__ import annotations
 
@@ -59,12 +59,18 @@ def write_png(pixels: NDArray[np.uint8], path: Path, scale: int = 1) -> None:
     path.write_bytes(made)
 
 
-def check_output(path: Path) -> None:
+def check_output(path: Path, sample_shape: tuple[int, ...] | None = None) -> None:
     """Refuse an output that :func:`save` cannot write, before any work is done.
 
+    Args:
+        sample_shape: of one image, where it is known already.
+
     Raises:
-        InputError: for another ending than .png or .npz, or a folder that is a file.
+        InputError: for another ending than .png or .npz, a folder that is a file, or a PNG of what is no image.
     """
+    if sample_shape is not None and len(sample_shape) != 3 and path.suffix != ".npz":
+        shape = "x".join(map(str, sample_shape))
+        raise InputError(f"expected an output ending in .npz for samples of {shape}, which are videos; found {path}")
     if path.suffix not in ("", ".png", ".npz"):
         raise InputError(f"expected an output ending in .png or .npz, or a folder; found {path}")
     if path.is_dir() if path.suffix else path.is_file():
@@ -73,7 +79,7 @@ def check_output(path: Path) -> None:
 
 def save(images: NDArray[np.float32], path: Path) -> None:
     """Write images as ``.npz`` (array ``images``, float32 as sampled), ``.png`` (a grid), or a folder of PNG files."""
-    check_output(path)
+    check_output(path, images.shape[1:])
     if path.suffix == ".npz":
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(path, images=images)

@@ -147,7 +147,7 @@ def size_checks(sampler: Sampler, tolerance: float) -> list[Check]:
     reference = sampler.bundle.reference()
     noise = reference["other/noise"]
     found = sampler.states(noise, sampler.bundle.reference_requests(len(noise)))
-    height, width = noise.shape[2:]
+    height, width = noise.shape[-2:]
     return [_trajectory(f"size {height}x{width}", found, reference["other/states"], tolerance)]
 
 
@@ -157,7 +157,7 @@ def _trajectory(name: str, found: list[Array], expected: Array, tolerance: float
     worst = int(np.argmax(errors))
     detail = f"worst after evaluation {worst}: {errors[worst]:.1e} (allowed {tolerance:.0e})"
     if over:
-        detail += f"; first over it: evaluation {over[0]}, {worst_region(found[over[0]], expected[over[0]])}"
+        detail += f"; first over it: evaluation {over[0]}, {worst_place(found[over[0]], expected[over[0]])}"
     detail += f"; images {psnr(found[-1], expected[-1]):.0f} dB"
     return Check(name, not over, detail, _finite(errors), tolerance)
 
@@ -181,7 +181,7 @@ def canaries(sampler: Sampler, tolerance: float, batch: int = 4) -> list[Check]:
     beside = sampler.reopen()(num=batch, seed=11, batch=batch, requests=requests)
     again = sampler(num=batch, seed=11, batch=batch, requests=requests)
     with np.errstate(invalid="ignore", over="ignore"):  # infinite images fail below, by name
-        spread = float(images.std(axis=(1, 2, 3)).min())
+        spread = float(images.reshape(batch, -1).std(axis=1).min())
     bad = int((~np.isfinite(images)).sum())
     by_seed = relative_error(others, images)
     by_image = min(relative_error(images[i], images[0]) for i in range(1, batch))

@@ -65,7 +65,12 @@ def _reference_images(sampler: Sampler, noise: Array, given: Arrays, seconds: fl
 
 
 def _pixels(images: Array) -> NDArray[np.uint8]:
-    """Smaller where too large; of latents, the first three channels as red, green and blue. What is not finite is grey."""
+    """Smaller where too large; of latents, the first three channels as red, green and blue; of videos, the frame in the middle.
+
+    What is not finite is grey.
+    """
+    if images.ndim == 5:
+        images = images[:, images.shape[1] // 2]
     kept = images[:, : 3 if images.shape[1] >= 3 else 1]
     shown = np.clip(np.nan_to_num(kept, nan=0.0, posinf=0.0, neginf=0.0), -1, 1)
     factor = -(-max(shown.shape[2:]) // SIDE)

@@ -256,7 +256,7 @@ class Sampler:
             size: height and width, where the bundle leaves them open; None for the backbone's own.
 
         Returns:
-            float32 ``[num, channels, height, width]``, nominally in [-1, 1].
+            float32 ``[num, channels, height, width]``, nominally in [-1, 1]; of videos ``[num, frames, channels, ...]``.
 
         Raises:
             InputError: for a count, seed, batch, size or request input out of range.

@@ -1,0 +1,308 @@
+"""Families whose modulation depends on the time alone, small and random, from torch to an engine: Qwen-Image, AuraFlow, Lumina 2,
+CogVideoX and Sana; their published configurations on the meta device.
+
+A family is a row of ``FAMILIES``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AuraFlowTransformer2DModel,
+    CogVideoXDDIMScheduler,
+    CogVideoXTransformer3DModel,
+    FlowMatchEulerDiscreteScheduler,
+    Lumina2Transformer2DModel,
+    QwenImageTransformer2DModel,
+    SanaTransformer2DModel,
+)
+from diffusers.models.embeddings import get_3d_rotary_pos_embed
+from families import engine_error, ordinary_states, parameters_of, random_requests, redraw, save_pipeline, step_weights
+from helpers import failed, relative
+
+from mteo_deploy.bundle import Bundle
+from mteo_deploy.distillation import Recipe, distill
+from mteo_deploy.engines.build import build
+from mteo_deploy.exporters.base import Adapter, families, load_backbone
+from mteo_deploy.exporters.describe import describe, parameter_times
+from mteo_deploy.exporters.export import export
+from mteo_deploy.realisations import NAMES
+from mteo_deploy.sampler import noise_for
+from mteo_deploy.verification import verify
+
+SIZE, TOKENS = (4, 8), 6
+
+Requests = dict[str, torch.Tensor]
+
+
+def qwen(**options: Any) -> QwenImageTransformer2DModel:
+    return QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=12,
+        num_attention_heads=2,
+        joint_attention_dim=10,
+        axes_dims_rope=(4, 4, 4),
+        **options,
+    )
+
+
+def auraflow() -> AuraFlowTransformer2DModel:
+    return AuraFlowTransformer2DModel(
+        sample_size=8,
+        num_mmdit_layers=1,
+        num_single_dit_layers=1,
+        attention_head_dim=12,
+        num_attention_heads=2,
+        joint_attention_dim=10,
+        caption_projection_dim=24,
+        pos_embed_max_size=16,
+    )
+
+
+def lumina(**options: Any) -> Lumina2Transformer2DModel:
+    return Lumina2Transformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        hidden_size=24,
+        num_layers=1,
+        num_refiner_layers=1,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=8,
+        axes_dim_rope=(4, 4, 4),
+        axes_lens=(12, 8, 8),
+        cap_feat_dim=10,
+        **options,
+    )
+
+
+def cogvideox(**options: Any) -> CogVideoXTransformer3DModel:
+    return CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=12,
+        text_embed_dim=10,
+        num_layers=1,
+        sample_width=8,
+        sample_height=4,
+        sample_frames=9,
+        max_text_seq_length=TOKENS,
+        **options,
+    )
+
+
+def sana(**options: Any) -> SanaTransformer2DModel:
+    return SanaTransformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=12,
+        cross_attention_dim=24,
+        caption_channels=10,
+        **options,
+    )
+
+
+def call_qwen(network: Any, state: torch.Tensor, t: torch.Tensor, requests: Requests) -> torch.Tensor:
+    """As diffusers' pipeline does: patches of 2x2 in rows."""
+    rows, columns = SIZE[0] // 2, SIZE[1] // 2
+    places = [(2 * i, 2 * j) for i in range(rows) for j in range(columns)]
+    packed = torch.stack([state[:, :, i : i + 2, j : j + 2].flatten(1) for i, j in places], 1)
+    shapes, times = [[(1, rows, columns)]] * len(state), t.expand(len(state)) / 1000
+    output = network(packed, timestep=times, img_shapes=shapes, return_dict=False, **requests)[0]
+    found = torch.zeros_like(state)
+    for k, (i, j) in enumerate(places):
+        found[:, :, i : i + 2, j : j + 2] = output[:, k].reshape(-1, 4, 2, 2)
+    return found
+
+
+def call_auraflow(network: Any, state: torch.Tensor, t: torch.Tensor, requests: Requests) -> torch.Tensor:
+    return network(state, timestep=(t / 1000).expand(len(state)), return_dict=False, **requests)[0]
+
+
+def call_lumina(network: Any, state: torch.Tensor, t: torch.Tensor, requests: Requests) -> torch.Tensor:
+    return -network(state, timestep=(1 - t / 1000).expand(len(state)), return_dict=False, **requests)[0]
+
+
+def call_plain(network: Any, state: torch.Tensor, t: torch.Tensor, requests: Requests) -> torch.Tensor:
+    return network(state, timestep=t.expand(len(state)), return_dict=False, **requests)[0]
+
+
+def call_rotary(network: Any, state: torch.Tensor, t: torch.Tensor, requests: Requests) -> torch.Tensor:
+    """CogVideoX-5b's positions, of the size it was made for."""
+    size = SIZE[0] // 2, SIZE[1] // 2
+    turns = get_3d_rotary_pos_embed(16, ((0, 0), size), size, state.shape[1])
+    return network(state, timestep=t.expand(len(state)), image_rotary_emb=turns, return_dict=False, **requests)[0]
+
+
+@dataclass(frozen=True)
+class Family:
+    """How to make one, call it as its pipeline does, and what baking must do to it.
+
+    Attributes:
+        sites: how many.
+        time: parts of parameter names that no graph may hold.
+        gates: how many stay vectors in a step graph.
+        exported: whether it goes on to an engine.
+    """
+
+    network: Callable[[], Any]
+    call: Callable[[Any, torch.Tensor, torch.Tensor, Requests], torch.Tensor]
+    scheduler: Any
+    sites: int
+    time: tuple[str, ...]
+    gates: int
+    exported: bool = True
+
+
+FLOW = FlowMatchEulerDiscreteScheduler(shift=3.0)
+DDIM = partial(CogVideoXDDIMScheduler, prediction_type="v_prediction", timestep_spacing="trailing")
+
+FAMILIES = {
+    "qwen-image": Family(qwen, call_qwen, FLOW, 5, ("timestep_embedder", "img_mod", "txt_mod", "norm_out"), 7),
+    "auraflow": Family(
+        auraflow, call_auraflow, FLOW, 4, ("time_step_proj", "norm1.linear", "norm1_context.linear", "norm_out"), 6
+    ),
+    "lumina2": Family(lumina, call_lumina, FLOW, 3, ("timestep_embedder", "norm1.linear", "norm_out.linear_1"), 0),
+    "cogvideox-2b": Family(
+        cogvideox, call_plain, DDIM(), 3, ("time_embedding", "norm1.linear", "norm2.linear", "norm_out.linear"), 8
+    ),
+    "cogvideox-5b": Family(
+        partial(cogvideox, use_rotary_positional_embeddings=True), call_rotary, DDIM(), 3, ("time_embedding",), 8, exported=False
+    ),
+    "sana": Family(sana, call_plain, FLOW, 2, ("time_embed",), 4),
+}
+EXPORTED = [name for name, family in FAMILIES.items() if family.exported]
+
+
+@pytest.fixture(scope="module")
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    family = FAMILIES[request.param]
+    return save_pipeline(tmp_path_factory.mktemp("pipelines") / request.param, redraw(family.network()), family.scheduler)
+
+
+@pytest.fixture(scope="module")
+def adapter(model: Path) -> Adapter:
+    return load_backbone(model, size=SIZE, tokens=None if "cogvideox" in model.name else TOKENS)
+
+
+@pytest.fixture(scope="module")
+def bundle(model: Path, adapter: Adapter, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("bundles") / model.name
+    made = export(path, model=adapter, steps=2, plain=True, quiet=True)
+    build(made, engine="onnxruntime", realisation="baked", threads=1, quiet=True)
+    return path
+
+
+every = pytest.mark.parametrize("model", FAMILIES, indirect=True)
+exported = pytest.mark.parametrize("model", EXPORTED, indirect=True)
+
+
+def prompts(adapter: Adapter, count: int, seed: int) -> Requests:
+    """Random request inputs; a mask has tokens first and then padding, another number of them in each row."""
+    masks = {r.name: (torch.arange(TOKENS) < 2 + torch.arange(count)[:, None]).long() for r in adapter.requests if r.high}
+    return adapter.draw_requests(count, seed) | masks
+
+
+@every
+def test_adapter_is_the_model(model: Path, adapter: Adapter) -> None:
+    family, network = FAMILIES[model.name], adapter.network_class.from_pretrained(model / "transformer")
+    state, given, t = torch.randn(3, *adapter.sample_shape), prompts(adapter, 3, 1), torch.tensor([300.0])
+    assert adapter.sample_shape[-3:] == (4, *SIZE) and len(adapter.sites) == family.sites
+    with torch.no_grad():
+        expected = family.call(network, state, t, given)
+        torch.testing.assert_close(adapter.at_timestep(state, 300.0, **given), expected)
+        torch.testing.assert_close(family.call(adapter.network, state, t, given), expected)  # and unmodified again
+        for name in given:
+            other = adapter.at_timestep(state, 300.0, **{**given, name: given[name].roll(1, 0)})
+            assert relative(other.numpy(), expected.numpy()) > 1e-4, name
+        base = adapter.embeddings(t)
+        assert len({id(one) for one in base}) == 1
+        for index in range(len(base)):  # each site has its say
+            moved = [one + 0.5 * (i == index) for i, one in enumerate(base)]
+            assert relative(adapter(state, *moved, **given).numpy(), expected.numpy()) > 1e-4, adapter.sites[index]
+
+
+@every
+def test_a_step_is_the_pipelines(model: Path, adapter: Adapter) -> None:
+    """Direction of time and sign of the output: Euler's steps are those of the pipeline's own scheduler."""
+    family, steps = FAMILIES[model.name], 4
+    plan = adapter.compile_plan(steps, "euler", "scheduler")
+    scheduler = type(family.scheduler).from_config(family.scheduler.config)
+    scheduler.set_timesteps(steps)
+    noise, given = noise_for(adapter.sample_shape, 4, range(2)), prompts(adapter, 2, 2)
+    found, sample = ordinary_states(adapter, plan, noise, given), torch.from_numpy(noise) * plan.initial_scale
+    with torch.no_grad():
+        for i, t in enumerate(scheduler.timesteps):
+            output = family.call(adapter.network, sample, t.float(), given)
+            sample = scheduler.step(output, t, sample, return_dict=False)[0]
+            assert relative(found[i], sample.numpy()) < 1e-4, i
+
+
+@every
+def test_inspect_needs_no_weights(model: Path, adapter: Adapter) -> None:
+    outline = load_backbone(model, size=SIZE, tokens=None if "cogvideox" in model.name else TOKENS, weights=False)
+    assert next(outline.parameters()).is_meta
+    assert describe(outline) == describe(adapter)
+
+
+@exported
+def test_states_equal_torch(bundle: Path, adapter: Adapter) -> None:
+    assert max(engine_error(bundle, realisation, adapter) for realisation in NAMES) < 1e-4
+
+
+@exported
+def test_no_weight_of_the_time_is_left(model: Path, bundle: Path, adapter: Adapter) -> None:
+    """Not in a step graph, not in the prelude; and that is what ``inspect`` says beforehand."""
+    family, removed = FAMILIES[model.name], parameter_times(adapter)["removed"]
+    graphs = step_weights(bundle)
+    assert len(graphs) == 4
+    for graph, names in graphs.items():
+        assert not [name for name in names if any(part in name for part in family.time)], graph
+        assert not removed & {f"network.{name}" for name in names}, graph
+    sizes = {name: parameter.numel() for name, parameter in adapter.named_parameters()}
+    assert sum(sizes[name] for name in removed) >= parameters_of(adapter.network, family.time) > 0
+
+
+@exported
+def test_what_became_of_the_sites(model: Path, bundle: Path) -> None:
+    """Scale and shift are absorbed; gates stay vectors, where no norm takes them."""
+    found = Bundle.open(bundle).manifest["compiler"]["sites"]
+    details = [
+        text for site in found for where in site["constants"].values() for kind, text in where.items() if kind == "baked"
+    ]
+    kept = [text for text in details if not text.startswith("rule")]
+    print(model.name, len(found), len(details), details)
+    assert len(found) == FAMILIES[model.name].sites and len(details) > len(kept)
+    assert len(kept) == FAMILIES[model.name].gates and not [text for text in kept if "vector" not in text]
+
+
+@exported
+def test_distill_lowers_the_error(model: Path, adapter: Adapter, tmp_path: Path) -> None:
+    recipe = Recipe(trajectories=8, iterations=6, batch=8, substeps=2, lr=0.02)
+    prompts = random_requests(adapter, 5, tmp_path / "prompts.npz")
+    found = distill(adapter, tmp_path / "e.safetensors", steps=2, recipe=recipe, requests=prompts, quiet=True)
+    assert found.training["error_after"] < found.training["error_before"]
+
+
+@pytest.mark.parametrize("model", ["cogvideox-2b"], indirect=True)
+def test_verify_takes_videos(bundle: Path) -> None:
+    report = verify(bundle, seconds=0, quiet=True)
+    assert report.passed, failed(report)
