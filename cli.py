@@ -110,15 +110,26 @@ device_option = click.option("--device", help="On which device [default: any].")
 
 
 def backbone_options(function: Callable[..., None]) -> Callable[..., None]:
-    """``--model`` and how to open it."""
+    """``--model`` and how to open it; a ``--revision`` becomes part of its name."""
+
+    @wraps(function)
+    def with_revision(*args: Any, model: Path | None, revision: str | None, **kwargs: Any) -> None:
+        if revision is not None and model is None:
+            raise InputError("expected --revision with --model ORG/NAME; found no --model")
+        function(*args, model=model if revision is None else Path(f"{model}@{revision}"), **kwargs)
+
+    wrapped = _verb(with_revision)
     for option in (
         click.option("--tokens", type=int, help="Length of a prompt, padded [default: the backbone's own]."),
         click.option("--size", help="HEIGHTxWIDTH of the states (latents) [default: the backbone's own]."),
         click.option("--adapter", metavar="MODULE:CLASS", help="An adapter of your own: docs/backbones.md."),
-        click.option("--model", type=PATH, help="diffusers pipeline directory [default: the packaged MNIST backbone]."),
+        click.option("--revision", help="Branch, tag or commit of ORG/NAME [default: the repository's own]."),
+        click.option(
+            "--model", type=PATH, help="diffusers pipeline directory, or ORG/NAME of the Hub [default: packaged MNIST]."
+        ),
     ):
-        function = option(function)
-    return function
+        wrapped = option(wrapped)
+    return wrapped
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -24,6 +24,7 @@ import torch
 
 from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.schedulers import noise_levels, scheduler_points
+from mteo_deploy.hub import is_repository, license_of, model_directory
 from mteo_deploy.plan import Plan, compile_plan
 from mteo_deploy.requests import Arrays, Request, draw_all
 from mteo_deploy.schedules import SCHEDULER, Levels
@@ -52,6 +53,7 @@ class Adapter(ABC, torch.nn.Module):
         tokens: the length of a prompt, padded; None for networks without one.
         requests: what is given once per request beside the noise, such as class labels.
         source: where it was loaded from, by name.
+        license: what its card says, e.g. ``apache-2.0``; None where it says nothing.
         negatives: what the negative branch of classifier-free guidance gets for a request input: a number (the label of no
             class), or None for what the positive branch gets. One that is not here is given again, as ``negative_<name>``.
         branches: how many rows of the network's batch an image takes.
@@ -73,6 +75,7 @@ class Adapter(ABC, torch.nn.Module):
     levels: Levels
     config: dict[str, Any]
     source: str = "given"
+    license: str | None = None
 
     @abstractmethod
     def __init__(self, network: Any, scheduler_config: dict[str, Any]) -> None:
@@ -263,6 +266,7 @@ def load_backbone(
     adapter of yours reads.
 
     Args:
+        model: its directory, or a repository of the Hugging Face Hub: ``org/name``, ``org/name@revision``.
         adapter: ``package.module:Class``, a subclass of :class:`Adapter`; None for the one that serves the pipeline's network,
             ours or one that an installed package registers.
         size: height and width of the states; None for the backbone's own.
@@ -273,13 +277,14 @@ def load_backbone(
         InputError: for a directory that is no diffusers pipeline, or a network class without an adapter.
     """
     cls = None if adapter is None else _named(adapter)
+    source, model = str(model) if is_repository(model) else model.name, model_directory(model)
     if not model.is_dir() and (cls is None or not model.exists()):
         raise InputError(
             f"expected a diffusers pipeline directory at {model}; found {'a file' if model.exists() else 'nothing'}; {WAY_OUT}"
         )
     own = cls is not None and not (model / INDEX).exists()
     found = cls.load(model, {}) if cls is not None and own else _load_part(cls, model, weights)
-    found.source = model.name
+    found.source, found.license = source, license_of(model)
     found.set_size(*(size or found.sample_shape[-2:]))
     if tokens is not None and tokens < 1:
         raise InputError(f"expected --tokens of 1 or more; found {tokens}")

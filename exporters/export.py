@@ -120,6 +120,7 @@ def _manifest(adapter: Adapter, embeddings: EmbeddingSet, compiled: Compiled, so
         "versions": _versions(),
         "backbone": {
             "source": source,
+            "license": adapter.license,
             "family": adapter.family,
             "fingerprint": embeddings.backbone,
             "parameters": adapter.parameter_count,

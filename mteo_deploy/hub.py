@@ -40,7 +40,7 @@ def model_directory(model: Path | str) -> Path:
     if not is_repository(model):
         return Path(model)
     hub, (name, _, revision) = _package(), str(model).partition("@")
-    with _explained(f"backbone {name}"):
+    with _explained(f"backbone {name}, which is no directory here,"):
         found = hub.snapshot_download(
             name, revision=revision or None, allow_patterns=list(BACKBONE_FILES), ignore_patterns=list(OTHER_WEIGHTS)
         )

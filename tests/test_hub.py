@@ -112,3 +112,29 @@ def test_card_names_licence_and_base(tiny_bundle: Path, tmp_path: Path) -> None:
     card = ours.card(Bundle.open(altered(tiny_bundle, tmp_path / "b", change)), "org/new")
     assert "license: mit\nbase_model: org/base\n" in card
     assert json.loads((tiny_bundle / "manifest.json").read_text())["backbone"]["family"] in card
+
+
+def repository_of(pipeline: Path) -> dict[str, bytes]:
+    return {path.relative_to(pipeline).as_posix(): path.read_bytes() for path in pipeline.rglob("*") if path.is_file()}
+
+
+def test_a_backbone_by_its_name(endpoint: str, repositories: Repositories, tiny_model: Path, tmp_path: Path) -> None:
+    """No pickled weights are fetched; the card's licence is kept; the second time it comes from the cache, offline."""
+    files = repository_of(tiny_model) | {
+        "unet/diffusion_pytorch_model.bin": b"pickled",
+        "README.md": b"---\nlicense: mit\n---\n",
+    }
+    repositories["org/tiny"] = files
+    shown = call(endpoint, tmp_path, "inspect", "--model", "org/tiny", "--revision", "main", "--json")
+    assert shown.returncode == 0, shown.stderr
+    assert json.loads(shown.stdout)["source"] == "org/tiny@main"
+    assert not list(tmp_path.rglob("*.bin"))
+    export = ("export", "--model", "org/tiny", "--plain", "--steps", "1", "--realisation", "table", "-q")
+    done = call(endpoint, tmp_path, *export, "-o", str(tmp_path / "b"), HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stderr
+    backbone = Bundle.open(tmp_path / "b").manifest["backbone"]
+    assert (backbone["source"], backbone["license"]) == ("org/tiny", "mit")
+    missing = call(endpoint, tmp_path, "inspect", "--model", "org/none")
+    assert missing.returncode == 2 and "org/none, which is no directory here, on the Hub; found none" in missing.stderr
+    alone = call(endpoint, tmp_path, "export", "--revision", "v1", "-o", str(tmp_path / "c"))
+    assert alone.returncode == 2 and "--revision with --model" in alone.stderr

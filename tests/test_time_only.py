@@ -184,7 +184,13 @@ FAMILIES = {
         cogvideox, call_plain, DDIM(), 3, ("time_embedding", "norm1.linear", "norm2.linear", "norm_out.linear"), 8
     ),
     "cogvideox-5b": Family(
-        partial(cogvideox, use_rotary_positional_embeddings=True), call_rotary, DDIM(), 3, ("time_embedding",), 8, exported=False
+        partial(cogvideox, use_rotary_positional_embeddings=True),
+        call_rotary,
+        DDIM(),
+        3,
+        ("time_embedding",),
+        8,
+        exported=False,
     ),
     "sana": Family(sana, call_plain, FLOW, 2, ("time_embed",), 4),
 }
