@@ -287,6 +287,12 @@ def test_distill_learns_under_guidance(models: dict[str, Path], tmp_path: Path) 
         export(tmp_path / "c", model=model, embeddings=file, guidance_scale=2.0, quiet=True)
 
 
+def test_open_sizes_are_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    options: dict[str, Any] = {"steps": 2, "plain": True, "guidance_scale": 3.0, "null_class": NULL, "quiet": True}
+    with pytest.raises(InputError, match=r"fixed height and width under guidance.*found --dynamic batch,width; leave"):
+        export(tmp_path / "b", model=models["unet"], dynamic=["batch", "width"], **options)
+
+
 def test_set_without_guidance_refuses_it(models: dict[str, Path], tmp_path: Path) -> None:
     model = models["dit"]
     plain = pretrained_set(load_backbone(model), 2, "euler")

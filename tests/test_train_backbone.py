@@ -83,7 +83,7 @@ def test_guide_wants_init(tiny_model: Path, tmp_path: Path) -> None:
 
 
 DIT = "--architecture dit --size 8 --patch-size 2 --layers 2 --heads 2 --attention-head-dim 16"
-QUICK = ["--iterations", "100", "--batch", "32", "--threads", "1", "--no-autocast"]
+QUICK = ["--iterations", "100", "--warmup", "10", "--lr", "0.004", "--batch", "32", "--threads", "1", "--no-autocast"]
 
 
 def train_dit(directory: Path, *arguments: str, **arrays: Any) -> subprocess.CompletedProcess[str]:
