@@ -6,6 +6,7 @@ The network sees the latents in patches of 2x2, packed into tokens with a positi
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ class FluxAdapter(ModulatedAdapter):
 
     family = "FluxTransformer2DModel"
     network_class = FluxTransformer2DModel
+    negatives = MappingProxyType({"guidance": None})
     network: FluxTransformer2DModel
     patch_size = fixed_multiple = 2
 

@@ -78,7 +78,7 @@ def _null_labels(inner: Adapter, null_class: int | None) -> dict[str, int]:
     """For each input of classes that the adapter does not settle, or that the caller does, the label of no class."""
     if not inner.requests:
         raise InputError(f"expected a backbone with classes or prompts for guidance; found an unconditional {inner.family}")
-    classes = [request for request in inner.requests if request.high is not None]
+    classes = [request for request in inner.requests if request.high is not None and not request.shape]  # a mask is no class
     if null_class is not None and not classes:
         raise InputError(f"expected --null-class for a backbone with classes; found a {inner.family} without; leave it out")
     for request in classes:

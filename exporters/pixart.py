@@ -6,6 +6,7 @@ sizes that PixArt-alpha at 1024 pixels takes are added; without sizes all modula
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ class PixArtAdapter(SharedProjectionAdapter):
 
     family = "PixArtTransformer2DModel"
     network_class = PixArtTransformer2DModel
+    negatives = MappingProxyType({"resolution": None, "aspect_ratio": None})
     network: PixArtTransformer2DModel
 
     def __init__(self, network: PixArtTransformer2DModel, scheduler_config: dict[str, Any]) -> None:

@@ -37,7 +37,7 @@ from mteo_deploy.sampler import Sampler, noise_for
 from mteo_deploy.verification import verify
 
 SCALE = 4.0
-QUICK = Recipe(trajectories=16, iterations=8, batch=16, substeps=2, lr=0.02)
+QUICK = Recipe(trajectories=16, iterations=8, batch=16, teacher_evaluations=8, lr=0.02)
 NULL = 10
 """The label of no class in the tests' networks; a UNet does not know that it is."""
 
@@ -312,7 +312,7 @@ def test_scale_is_in_the_checkpoints_key(models: dict[str, Path], tmp_path: Path
     monkeypatch.setattr(run, "_train", train)
     errors = []
     for scale in (None, 2.0, 3.0):
-        tiny = Recipe(trajectories=1, iterations=1, batch=17, substeps=2)
+        tiny = Recipe(trajectories=1, iterations=1, batch=17, teacher_evaluations=8)
         found = distill(models["dit"], tmp_path / "e.safetensors", steps=2, recipe=tiny, guidance_scale=scale, quiet=True)
         errors.append(found.training["error_before"])
     assert len(set(keys)) == 3 and len(set(errors)) == 3

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -31,7 +30,7 @@ from helpers import failed, relative
 from mteo_deploy.bundle import Bundle
 from mteo_deploy.distillation import Recipe, distill
 from mteo_deploy.engines.build import build
-from mteo_deploy.exporters.base import Adapter, families, load_backbone
+from mteo_deploy.exporters.base import Adapter, load_backbone
 from mteo_deploy.exporters.describe import describe, parameter_times
 from mteo_deploy.exporters.export import export
 from mteo_deploy.realisations import NAMES
@@ -302,7 +301,7 @@ def test_what_became_of_the_sites(model: Path, bundle: Path) -> None:
 
 @exported
 def test_distill_lowers_the_error(model: Path, adapter: Adapter, tmp_path: Path) -> None:
-    recipe = Recipe(trajectories=8, iterations=6, batch=8, substeps=2, lr=0.02)
+    recipe = Recipe(trajectories=8, iterations=6, batch=8, teacher_evaluations=8, lr=0.02)
     prompts = random_requests(adapter, 5, tmp_path / "prompts.npz")
     found = distill(adapter, tmp_path / "e.safetensors", steps=2, recipe=recipe, requests=prompts, quiet=True)
     assert found.training["error_after"] < found.training["error_before"]

@@ -40,6 +40,7 @@ from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.base import Adapter, families, load_backbone
 from mteo_deploy.exporters.describe import describe, parameter_times
 from mteo_deploy.exporters.export import export
+from mteo_deploy.exporters.guidance import guided
 from mteo_deploy.realisations import NAMES
 from mteo_deploy.sampler import noise_for
 from mteo_deploy.verification import verify
@@ -279,8 +280,21 @@ def test_what_became_of_the_sites(model: Path, bundle: Path) -> None:
 
 
 @exported
+def test_guidance(adapter: Adapter) -> None:
+    """Both branches in one call: masks and prompts have a negative of their own, sizes and FLUX's guidance are the same."""
+    both = guided(adapter, 2.0)
+    own = {f"negative_{request.name}" for request in adapter.requests if request.name not in adapter.negatives}
+    assert {request.name for request in both.requests} == {r.name for r in adapter.requests} | own | {"guidance_scale"}
+    state, given = torch.randn(2, *adapter.sample_shape), both.draw_requests(2, 1)
+    positive = {request.name: given[request.name] for request in adapter.requests}
+    negative = {name: given.get(f"negative_{name}", values) for name, values in positive.items()}
+    with torch.no_grad():
+        a, b = (adapter.at_timestep(state, 300.0, **one) for one in (negative, positive))
+        torch.testing.assert_close(both.at_timestep(state, 300.0, **given), a + 2.0 * (b - a), rtol=1e-4, atol=1e-4)
+
+
 def test_distill_lowers_the_error(model: Path, adapter: Adapter, tmp_path: Path) -> None:
-    recipe = Recipe(trajectories=8, iterations=6, batch=8, substeps=2, lr=0.02)
+    recipe = Recipe(trajectories=8, iterations=6, batch=8, teacher_evaluations=8, lr=0.02)
     prompts = random_requests(adapter, 5, tmp_path / "prompts.npz")
     found = distill(adapter, tmp_path / "e.safetensors", steps=2, recipe=recipe, requests=prompts, quiet=True)
     assert found.training["error_after"] < found.training["error_before"]
