@@ -309,7 +309,7 @@ def test_scale_is_in_the_checkpoints_key(models: dict[str, Path], tmp_path: Path
         keys.append(next(a for a in args if isinstance(a, str)))
         return 0.0
 
-    monkeypatch.setattr(run, "_train", train)
+    monkeypatch.setattr(run, "train", train)
     errors = []
     for scale in (None, 2.0, 3.0):
         tiny = Recipe(trajectories=1, iterations=1, batch=17, teacher_evaluations=8)
