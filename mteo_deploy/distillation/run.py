@@ -1,8 +1,7 @@
 """``distill``: reference trajectories, training, and the embedding set that is written.
 
 By default one delta per (evaluation, site), trained end to end through all evaluations of the plan, because an error made early
-is then paid for where it shows; on a small MNIST backbone training step by step on detached states stayed four times further
-from the reference for the same budget. The other ways are options of the recipe.
+is then paid for where it shows. The other ways are options of the recipe; docs/distillation.md has what they gave.
 """
 
 from __future__ import annotations
