@@ -55,7 +55,7 @@ class CogVideoXAdapter(HookedAdapter):
 
     def set_size(self, height: int, width: int) -> None:
         super().set_size(height, width)
-        self._turns = self._rotation() if self.network.config.use_rotary_positional_embeddings else None
+        self.turns = self._rotation() if self.network.config.use_rotary_positional_embeddings else None
 
     def _rotation(self) -> Any:
         """Cosines and sines as the pipeline makes them: positions inside the trained size, in whose middle another one is fitted."""
@@ -77,4 +77,4 @@ class CogVideoXAdapter(HookedAdapter):
 
     def call(self, state: torch.Tensor, requests: dict[str, torch.Tensor]) -> torch.Tensor:
         timestep = torch.zeros(1, device=state.device)
-        return self.network(state, timestep=timestep, image_rotary_emb=self._turns, return_dict=False, **requests)[0]
+        return self.network(state, timestep=timestep, image_rotary_emb=self.turns, return_dict=False, **requests)[0]
