@@ -53,8 +53,8 @@ class _Generic(torch.nn.Module):
 def _keep_small(graph: ir.Graph) -> None:
     """Give scalars that are nearly zero or one an axis, which changes nothing that is computed from them.
 
-    onnxscript's rules for ``x + 0`` and ``x * 1`` compare scalars, and only those of no axis, with a tolerance: an epsilon of 1e-15
-    below a division (linear attention) would be taken for zero and left out, and the quotient of two zeros is no number.
+    onnxscript's rules for ``x + 0`` and ``x * 1`` compare scalars, and only those of no axis, with a tolerance: an epsilon of
+    1e-15 below a division (linear attention) would be taken for zero and left out, and the quotient of two zeros is no number.
     """
     for node in list(graph):
         if node.op_type not in ("Add", "Sub", "Mul", "Div") or not any(v is not None and v.shape for v in node.inputs):

@@ -1,5 +1,5 @@
-"""Families whose modulation depends on the time alone, small and random, from torch to an engine: Qwen-Image, AuraFlow, Lumina 2,
-CogVideoX and Sana; their published configurations on the meta device.
+"""Families whose modulation depends on the time alone, small and random, from torch to an engine: Qwen-Image, AuraFlow,
+Lumina 2, CogVideoX and Sana; their published configurations on the meta device.
 
 A family is a row of ``FAMILIES``.
 """
@@ -21,6 +21,7 @@ from diffusers import (
     AuraFlowTransformer2DModel,
     CogVideoXDDIMScheduler,
     CogVideoXTransformer3DModel,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     Lumina2Transformer2DModel,
     QwenImageTransformer2DModel,
@@ -43,8 +44,10 @@ from mteo_deploy.exporters.cogvideox import CogVideoXAdapter
 from mteo_deploy.exporters.describe import describe, parameter_times
 from mteo_deploy.exporters.export import export
 from mteo_deploy.exporters.rotary import RealRotations, Rotation
+from mteo_deploy.exporters.schedulers import noise_levels
 from mteo_deploy.realisations import NAMES
 from mteo_deploy.sampler import noise_for
+from mteo_deploy.schedules import FlowLevels, NoiseLevels
 from mteo_deploy.verification import verify
 
 SIZE, TOKENS = (4, 8), 6
@@ -185,18 +188,43 @@ FLOW = FlowMatchEulerDiscreteScheduler(shift=3.0)
 DDIM = partial(CogVideoXDDIMScheduler, prediction_type="v_prediction", timestep_spacing="trailing")
 
 FAMILIES = {
-    "qwen-image": Family(qwen, call_qwen, FLOW, 5, ("timestep_embedder", "img_mod", "txt_mod", "norm_out"), {}),
-    "auraflow": Family(
-        auraflow, call_auraflow, FLOW, 4, ("time_step_proj", "norm1.linear", "norm1_context.linear", "norm_out"), {}
+    "qwen-image": Family(
+        qwen,
+        call_qwen,
+        FLOW,
+        5,
+        ("timestep_embedder", "img_mod", "txt_mod", "norm_out"),
+        {"norm": 14, "prelude": 2, "vector": 6},
     ),
-    "lumina2": Family(lumina, call_lumina, FLOW, 3, ("timestep_embedder", "norm1.linear", "norm_out.linear_1"), {}),
+    "auraflow": Family(
+        auraflow,
+        call_auraflow,
+        FLOW,
+        4,
+        ("time_step_proj", "norm1.linear", "norm1_context.linear", "norm_out"),
+        {"norm": 12, "vector": 8},
+    ),
+    "lumina2": Family(
+        lumina, call_lumina, FLOW, 3, ("timestep_embedder", "norm1.linear", "norm_out.linear_1"), {"merged": 8, "norm": 1}
+    ),
     "cogvideox-2b": Family(
-        cogvideox, call_plain, DDIM(), 3, ("time_embedding", "norm1.linear", "norm2.linear", "norm_out.linear"), {}
+        cogvideox,
+        call_plain,
+        DDIM(),
+        3,
+        ("time_embedding", "norm1.linear", "norm2.linear", "norm_out.linear"),
+        {"norm": 10, "vector": 3},
     ),
     "cogvideox-5b": Family(
-        partial(cogvideox, use_rotary_positional_embeddings=True), call_rotary, DDIM(), 3, ("time_embedding",), {}, exported=False
+        partial(cogvideox, use_rotary_positional_embeddings=True),
+        call_rotary,
+        DDIM(),
+        3,
+        ("time_embedding",),
+        {},
+        exported=False,
     ),
-    "sana": Family(sana, call_plain, FLOW, 2, ("time_embed",), {}),
+    "sana": Family(sana, call_plain, FLOW, 2, ("time_embed",), {"norm": 6, "vector": 2}),
 }
 EXPORTED = [name for name, family in FAMILIES.items() if family.exported]
 
@@ -296,7 +324,13 @@ def test_what_became_of_the_sites(model: Path, bundle: Path) -> None:
     """Scale and shift are absorbed, and gates where a norm is before them."""
     found = Bundle.open(bundle).manifest["compiler"]["sites"]
     details = [where["baked"] for site in found for where in site["constants"].values()]
-    kinds = {"rule C": "norm", "merged with": "merged", "a scale in": "vector", "the value it acts on": "vector", "hoisted": "prelude"}
+    kinds = {
+        "rule C": "norm",
+        "merged with": "merged",
+        "a scale in": "vector",
+        "the value it acts on": "vector",
+        "hoisted": "prelude",
+    }
     fates = Counter(next((kind for start, kind in kinds.items() if text.startswith(start)), text) for text in details)
     assert len(found) == FAMILIES[model.name].sites and fates == FAMILIES[model.name].fates
 
@@ -425,3 +459,18 @@ def test_small_constants_stay() -> None:
     x = np.array([[-1, -2, -3], [1, 2, 3]], np.float32)
     (found,) = ReferenceEvaluator(ir.to_proto(model)).run(None, {"x": x})
     np.testing.assert_allclose(found, [[0, 0, 0], np.array([1, 2, 3]) / 6 * 1.000004], rtol=2e-7)
+
+
+def test_noise_levels_of_the_pipelines() -> None:
+    """Sana's multistep scheduler is flow matching; CogVideoX's shifts its signal-to-noise ratio and may end in noise alone."""
+    flow = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    name = {"_class_name": "DPMSolverMultistepScheduler"}
+    assert noise_levels({**flow.config, **name}) == (FlowLevels(3.0), "flow_prediction")
+    with pytest.raises(InputError, match="with use_flow_sigmas"):
+        noise_levels({**flow.config, **name, "use_flow_sigmas": False})
+    video = CogVideoXDDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True, snr_shift_scale=3.0)
+    levels, kind = noise_levels({**video.config, "_class_name": "CogVideoXDDIMScheduler"})
+    abar = video.alphas_cumprod.double().numpy()
+    assert kind == "v_prediction" and abar[-1] == 0 and isinstance(levels, NoiseLevels)
+    np.testing.assert_allclose(levels.sigma[:-1], np.sqrt((1 - abar) / abar.clip(1e-9))[:-1])
+    assert levels.sigma[-1] == np.sqrt(2.0**24 - 1)
