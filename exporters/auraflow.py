@@ -1,7 +1,7 @@
 """diffusers' ``AuraFlowTransformer2DModel``: AuraFlow.
 
-Sites are the adaptive norms: ``norm1`` and ``norm1_context`` of the joint blocks, ``norm1`` of the single blocks, ``norm_out``. They
-depend on the time alone, so all modulation, a third of the network, becomes constants.
+Sites are the adaptive norms: ``norm1`` and ``norm1_context`` of the joint blocks, ``norm1`` of the single blocks, ``norm_out``.
+They depend on the time alone, so all modulation, a third of the network, becomes constants.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """diffusers' ``CogVideoXTransformer3DModel``: CogVideoX, text to video. States are ``[frames, channels, height, width]``.
 
-Sites are ``norm1`` and ``norm2`` of every block, each of which modulates video and text, and ``norm_out``. They depend on the time
-alone, so all modulation, a fifth of the network, becomes constants.
+Sites are ``norm1`` and ``norm2`` of every block, each of which modulates video and text, and ``norm_out``. They depend on the
+time alone, so all modulation, a fifth of the network, becomes constants.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class CogVideoXAdapter(HookedAdapter):
         refused = [f"{name} {config[name]!r}" for name, fits in taken.items() if not fits]
         if refused:
             raise InputError(
-                f"expected a text-to-video CogVideoXTransformer3DModel of CogVideoX 1.0; found {', '.join(refused)} (1.5, image "
-                "to video), not supported yet"
+                f"expected a text-to-video CogVideoXTransformer3DModel of CogVideoX 1.0; found {', '.join(refused)} (1.5, "
+                "image to video), not supported yet"
             )
         self.patch_size = self.fixed_multiple = int(config.patch_size)
         frames = (int(config.sample_frames) - 1) // int(config.temporal_compression_ratio) + 1
@@ -55,10 +55,10 @@ class CogVideoXAdapter(HookedAdapter):
 
     def set_size(self, height: int, width: int) -> None:
         super().set_size(height, width)
-        self._turns = self._rotation() if self.network.config.use_rotary_positional_embeddings else None
+        self.turns = self._rotation() if self.network.config.use_rotary_positional_embeddings else None
 
     def _rotation(self) -> Any:
-        """Cosines and sines as the pipeline makes them: positions inside the trained size, in whose middle another one is fitted."""
+        """Cosines and sines as the pipeline makes them: another size is fitted into the middle of the trained one."""
         config, size = self.network.config, tuple(n // self.patch_size for n in self.sample_shape[-2:])
         own = tuple(int(n) // self.patch_size for n in (config.sample_height, config.sample_width))
         scale = min(whole / part for whole, part in zip(own, size, strict=True))
@@ -77,4 +77,4 @@ class CogVideoXAdapter(HookedAdapter):
 
     def call(self, state: torch.Tensor, requests: dict[str, torch.Tensor]) -> torch.Tensor:
         timestep = torch.zeros(1, device=state.device)
-        return self.network(state, timestep=timestep, image_rotary_emb=self._turns, return_dict=False, **requests)[0]
+        return self.network(state, timestep=timestep, image_rotary_emb=self.turns, return_dict=False, **requests)[0]

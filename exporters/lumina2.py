@@ -4,9 +4,9 @@ Sites are ``norm1`` of the blocks that see the image, and ``norm_out``. They dep
 constants: scales go into the RMS norms, and so do the gates.
 
 The network's own ``forward`` loops over the images of a batch, with the lengths of their prompts as Python numbers, to put each
-image's tokens right behind its prompt's. That can be neither traced nor baked. The adapter calls the network's parts in the same
-order with a place for every token of the longest prompt instead, masks those that a prompt does not have, and takes positions from
-its length: attention does not care for the order, only for positions and masks.
+image's tokens right behind its prompt's. That can be neither traced nor baked. The adapter calls the network's parts in the
+same order with a place for every token of the longest prompt instead, masks those that a prompt does not have, and takes
+positions from its length: attention does not care for the order, only for positions and masks.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ TOKENS = 256
 class Lumina2Adapter(HookedAdapter):
     """``Lumina2Transformer2DModel``.
 
-    Request inputs: ``encoder_hidden_states`` ``[tokens, cap_feat_dim]`` and ``encoder_attention_mask`` ``[tokens]`` (1: a token,
-    0: padding behind them; the first is taken for a token whatever the mask says).
+    Request inputs: ``encoder_hidden_states`` ``[tokens, cap_feat_dim]`` and ``encoder_attention_mask`` ``[tokens]`` (1: a
+    token, 0: padding behind them; the first is taken for a token whatever the mask says).
 
     Its time runs from noise to image and its output with it: both are turned around here.
     """
@@ -67,7 +67,9 @@ class Lumina2Adapter(HookedAdapter):
     def set_tokens(self, tokens: int) -> None:
         longest = int(self.network.config.axes_lens[0]) - 1
         if tokens > longest:
-            raise InputError(f"expected --tokens of up to {longest} for this network, whose positions end there; found {tokens}")
+            raise InputError(
+                f"expected --tokens of up to {longest} for this network, whose positions end there; found {tokens}"
+            )
         self.tokens = tokens
         prompt = Request("encoder_hidden_states", "float32", (tokens, int(self.network.config.cap_feat_dim)))
         self.requests = (prompt, Request("encoder_attention_mask", "int64", (tokens,), high=2))

@@ -1,7 +1,7 @@
 """diffusers' ``PixArtTransformer2DModel``: PixArt-alpha and PixArt-Sigma.
 
-Sites are those of :mod:`~mteo_deploy.exporters.shared_projection`. A site's embedding is the timestep embedder's output, before the
-sizes that PixArt-alpha at 1024 pixels takes are added; without sizes all modulation is constant.
+Sites are those of :mod:`~mteo_deploy.exporters.shared_projection`. A site's embedding is the timestep embedder's output, before
+the sizes that PixArt-alpha at 1024 pixels takes are added; without sizes all modulation is constant.
 """
 
 from __future__ import annotations

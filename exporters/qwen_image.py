@@ -1,8 +1,8 @@
 """diffusers' ``QwenImageTransformer2DModel``: Qwen-Image.
 
-Sites are the modulations of image and text in every block, ``img_mod`` and ``txt_mod``, and ``norm_out``. They depend on the time
-alone, so all of them, a third of the network, become constants. The network sees the latents in patches of 2x2, packed into
-tokens; the state stays ``[channels, height, width]``.
+Sites are the modulations of image and text in every block, ``img_mod`` and ``txt_mod``, and ``norm_out``. They depend on the
+time alone, so all of them, a third of the network, become constants. The network sees the latents in patches of 2x2, packed
+into tokens; the state stays ``[channels, height, width]``.
 """
 
 from __future__ import annotations

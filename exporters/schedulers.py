@@ -67,7 +67,7 @@ def _plain(config: dict[str, Any]) -> dict[str, Any]:
 
 
 LEAST = 2.0**-24
-"""Of ``abar``, where a schedule ends in noise alone: diffusers' multistep solvers put this there, since sigma has no end else."""
+"""Of ``abar``, where a schedule ends in noise alone: diffusers' multistep solvers put this there; sigma has no end else."""
 
 
 def _alphas_cumprod(config: dict[str, Any]) -> NDArray[np.float64]:

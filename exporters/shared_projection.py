@@ -1,8 +1,8 @@
 """What PixArt and Sana have in common: one projection of the time embedding makes six vectors for all blocks.
 
 Each block adds a table of its own to them (adaLN-single, Chen et al. 2024, section 2.3). Sites are the blocks and the output's
-``norm_out``. A site's embedding is the timestep embedder's output and goes through the shared projection for each block apart. So
-embedder and projection are gone from a step graph.
+``norm_out``. A site's embedding is the timestep embedder's output and goes through the shared projection for each block apart.
+So embedder and projection are gone from a step graph.
 """
 
 from __future__ import annotations

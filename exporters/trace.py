@@ -50,6 +50,29 @@ class _Generic(torch.nn.Module):
         return self.adapter(state, *embeddings, **dict(zip(names, requests, strict=True)))
 
 
+def _keep_small(graph: ir.Graph) -> None:
+    """Give scalars that are nearly zero or one an axis, which changes nothing that is computed from them.
+
+    onnxscript's rules for ``x + 0`` and ``x * 1`` compare scalars, and only those of no axis, with a tolerance: an epsilon of
+    1e-15 below a division (linear attention) would be taken for zero and left out, and the quotient of two zeros is no number.
+    """
+    for node in list(graph):
+        if node.op_type not in ("Add", "Sub", "Mul", "Div") or not any(v is not None and v.shape for v in node.inputs):
+            continue
+        for i, value in enumerate(node.inputs):
+            tensor = ir.convenience.get_const_tensor(value) if value is not None else None
+            if tensor is None or tensor.shape or not tensor.dtype.is_floating_point() or not _nearly(float(tensor.numpy())):
+                continue
+            wide = ir.Value(name=f"{node.outputs[0].name}/small", type=ir.TensorType(tensor.dtype), shape=ir.Shape([1]))
+            wide.const_value = ir.tensor(tensor.numpy().reshape(1), name=wide.name)
+            graph.register_initializer(wide)
+            node.replace_input_with(i, wide)
+
+
+def _nearly(number: float) -> bool:
+    return 0 < abs(number) < 1e-6 or 0 < abs(number - 1) < 1e-4
+
+
 def _export(module: torch.nn.Module, args: tuple[Any, ...], inputs: list[str], outputs: list[str], dynamic: Any) -> ir.Model:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -62,9 +85,11 @@ def _export(module: torch.nn.Module, args: tuple[Any, ...], inputs: list[str], o
             input_names=inputs,
             output_names=outputs,
             dynamic_shapes=dynamic,
-            optimize=True,
+            optimize=False,
         )
-    assert program is not None  # it is, with dynamo
+        assert program is not None  # it is, with dynamo
+        _keep_small(program.model.graph)
+        program.optimize()
     model = program.model
     model.ir_version = IR_VERSION
     common.ClearMetadataAndDocStringPass()(model)  # stack traces, larger than the graph itself

@@ -180,7 +180,8 @@ def _run(
                 raise EngineError(f"expected finite images of {name}; found NaN or infinity; run: mteo-deploy verify BUNDLE")
             found = found.clip(-1, 1)
             reference = found if reference is None else reference
-            squares[name] += float(np.square(found - reference, dtype=np.float64).mean(axis=(1, 2, 3)).sum())
+            apart = np.square(found - reference, dtype=np.float64).reshape(len(rows), -1)
+            squares[name] += float(apart.mean(axis=1).sum())
             features[name].append(network(found))
         report.advance(task, len(rows))
     distances = {name: frechet_distance(Statistics.of(np.concatenate(parts)), real) for name, parts in features.items()}

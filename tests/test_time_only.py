@@ -1,40 +1,53 @@
-"""Families whose modulation depends on the time alone, small and random, from torch to an engine: Qwen-Image, AuraFlow, Lumina 2,
-CogVideoX and Sana; their published configurations on the meta device.
+"""Families whose modulation depends on the time alone, small and random, from torch to an engine: Qwen-Image, AuraFlow,
+Lumina 2, CogVideoX and Sana; their published configurations on the meta device.
 
 A family is a row of ``FAMILIES``.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from diffusers import (
     AuraFlowTransformer2DModel,
     CogVideoXDDIMScheduler,
     CogVideoXTransformer3DModel,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     Lumina2Transformer2DModel,
     QwenImageTransformer2DModel,
     SanaTransformer2DModel,
 )
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
+from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb_qwen
 from families import engine_error, ordinary_states, parameters_of, random_requests, redraw, save_pipeline, step_weights
 from helpers import failed, relative
+from onnx.reference import ReferenceEvaluator
 
+from mteo_deploy import images
 from mteo_deploy.bundle import Bundle
 from mteo_deploy.distillation import Recipe, distill
 from mteo_deploy.engines.build import build
-from mteo_deploy.exporters.base import Adapter, load_backbone
+from mteo_deploy.errors import InputError
+from mteo_deploy.exporters import trace
+from mteo_deploy.exporters.base import Adapter, families, load_backbone
+from mteo_deploy.exporters.cogvideox import CogVideoXAdapter
 from mteo_deploy.exporters.describe import describe, parameter_times
 from mteo_deploy.exporters.export import export
+from mteo_deploy.exporters.rotary import RealRotations, Rotation
+from mteo_deploy.exporters.schedulers import noise_levels
 from mteo_deploy.realisations import NAMES
 from mteo_deploy.sampler import noise_for
+from mteo_deploy.schedules import FlowLevels, NoiseLevels
 from mteo_deploy.verification import verify
 
 SIZE, TOKENS = (4, 8), 6
@@ -157,7 +170,8 @@ class Family:
     Attributes:
         sites: how many.
         time: parts of parameter names that no graph may hold.
-        gates: how many stay vectors in a step graph.
+        fates: of a step graph's constants that came of sites: how many became part of a norm, were merged with an RMS norm's
+            own scale, stayed vectors for want of a layer that all evaluations could share, or went to the prelude.
         exported: whether it goes on to an engine.
     """
 
@@ -166,7 +180,7 @@ class Family:
     scheduler: Any
     sites: int
     time: tuple[str, ...]
-    gates: int
+    fates: dict[str, int]
     exported: bool = True
 
 
@@ -174,13 +188,32 @@ FLOW = FlowMatchEulerDiscreteScheduler(shift=3.0)
 DDIM = partial(CogVideoXDDIMScheduler, prediction_type="v_prediction", timestep_spacing="trailing")
 
 FAMILIES = {
-    "qwen-image": Family(qwen, call_qwen, FLOW, 5, ("timestep_embedder", "img_mod", "txt_mod", "norm_out"), 7),
-    "auraflow": Family(
-        auraflow, call_auraflow, FLOW, 4, ("time_step_proj", "norm1.linear", "norm1_context.linear", "norm_out"), 6
+    "qwen-image": Family(
+        qwen,
+        call_qwen,
+        FLOW,
+        5,
+        ("timestep_embedder", "img_mod", "txt_mod", "norm_out"),
+        {"norm": 14, "prelude": 2, "vector": 6},
     ),
-    "lumina2": Family(lumina, call_lumina, FLOW, 3, ("timestep_embedder", "norm1.linear", "norm_out.linear_1"), 0),
+    "auraflow": Family(
+        auraflow,
+        call_auraflow,
+        FLOW,
+        4,
+        ("time_step_proj", "norm1.linear", "norm1_context.linear", "norm_out"),
+        {"norm": 12, "vector": 8},
+    ),
+    "lumina2": Family(
+        lumina, call_lumina, FLOW, 3, ("timestep_embedder", "norm1.linear", "norm_out.linear_1"), {"merged": 8, "norm": 1}
+    ),
     "cogvideox-2b": Family(
-        cogvideox, call_plain, DDIM(), 3, ("time_embedding", "norm1.linear", "norm2.linear", "norm_out.linear"), 8
+        cogvideox,
+        call_plain,
+        DDIM(),
+        3,
+        ("time_embedding", "norm1.linear", "norm2.linear", "norm_out.linear"),
+        {"norm": 10, "vector": 3},
     ),
     "cogvideox-5b": Family(
         partial(cogvideox, use_rotary_positional_embeddings=True),
@@ -188,10 +221,10 @@ FAMILIES = {
         DDIM(),
         3,
         ("time_embedding",),
-        8,
+        {},
         exported=False,
     ),
-    "sana": Family(sana, call_plain, FLOW, 2, ("time_embed",), 4),
+    "sana": Family(sana, call_plain, FLOW, 2, ("time_embed",), {"norm": 6, "vector": 2}),
 }
 EXPORTED = [name for name, family in FAMILIES.items() if family.exported]
 
@@ -288,15 +321,18 @@ def test_no_weight_of_the_time_is_left(model: Path, bundle: Path, adapter: Adapt
 
 @exported
 def test_what_became_of_the_sites(model: Path, bundle: Path) -> None:
-    """Scale and shift are absorbed; gates stay vectors, where no norm takes them."""
+    """Scale and shift are absorbed, and gates where a norm is before them."""
     found = Bundle.open(bundle).manifest["compiler"]["sites"]
-    details = [
-        text for site in found for where in site["constants"].values() for kind, text in where.items() if kind == "baked"
-    ]
-    kept = [text for text in details if not text.startswith("rule")]
-    print(model.name, len(found), len(details), details)
-    assert len(found) == FAMILIES[model.name].sites and len(details) > len(kept)
-    assert len(kept) == FAMILIES[model.name].gates and not [text for text in kept if "vector" not in text]
+    details = [where["baked"] for site in found for where in site["constants"].values()]
+    kinds = {
+        "rule C": "norm",
+        "merged with": "merged",
+        "a scale in": "vector",
+        "the value it acts on": "vector",
+        "hoisted": "prelude",
+    }
+    fates = Counter(next((kind for start, kind in kinds.items() if text.startswith(start)), text) for text in details)
+    assert len(found) == FAMILIES[model.name].sites and fates == FAMILIES[model.name].fates
 
 
 @exported
@@ -311,3 +347,130 @@ def test_distill_lowers_the_error(model: Path, adapter: Adapter, tmp_path: Path)
 def test_verify_takes_videos(bundle: Path) -> None:
     report = verify(bundle, seconds=0, quiet=True)
     assert report.passed, failed(report)
+
+
+def test_png_of_a_video_is_refused(tmp_path: Path) -> None:
+    videos = np.zeros((2, 3, 4, 4, 8), np.float32)
+    with pytest.raises(InputError, match=r"npz for samples of 3x4x4x8, which are videos; found .*grid.png"):
+        images.save(videos, tmp_path / "grid.png")
+    images.save(videos, tmp_path / "videos.npz")
+    with np.load(tmp_path / "videos.npz") as found:
+        np.testing.assert_array_equal(found["images"], videos)
+
+
+def test_rotations_are_complex_products() -> None:
+    """What a network computes with complex numbers, at the same places, is what it computes without."""
+    values, factors = torch.randn(2, 5, 3, 8), torch.polar(torch.ones(5, 4), torch.randn(5, 4))
+    expected = apply_rotary_emb_qwen(values, factors, use_real=False)
+    with RealRotations():
+        found = apply_rotary_emb_qwen(values, Rotation.of(factors), use_real=False)
+    torch.testing.assert_close(found, expected)
+    assert torch.view_as_complex(torch.zeros(1, 2)).is_complex()
+
+
+@pytest.mark.parametrize(
+    ("network", "named"),
+    [
+        (partial(qwen, use_layer3d_rope=True), "use_layer3d_rope"),
+        (partial(lumina, out_channels=8), "4 input and 8 output"),
+        (partial(cogvideox, ofs_embed_dim=12), "ofs_embed_dim 12"),
+        (partial(cogvideox, patch_size_t=1), "patch_size_t 1"),
+        (partial(sana, guidance_embeds=True), "Sprint"),
+    ],
+)
+def test_other_kinds_are_refused(network: Callable[[], Any], named: str) -> None:
+    with pytest.raises(InputError, match=named):
+        families()[type(built := network()).__name__](built, {})
+
+
+@pytest.mark.parametrize(("model", "largest"), [("auraflow", "8x8"), ("lumina2", "16x16")], indirect=["model"])
+def test_sizes_that_are_refused(model: Path, largest: str) -> None:
+    with pytest.raises(InputError, match=f"up to {largest} for this network; found 4x18"):
+        load_backbone(model, size=(4, 18), weights=False)
+
+
+@pytest.mark.parametrize("model", ["lumina2"], indirect=True)
+def test_tokens_that_are_refused(model: Path) -> None:
+    with pytest.raises(InputError, match="--tokens of up to 11"):
+        load_backbone(model, tokens=12, weights=False)
+
+
+@pytest.mark.parametrize("model", ["cogvideox-5b"], indirect=True)
+def test_videos_of_another_size(model: Path) -> None:
+    """Positions of a narrower video lie in the middle of those that the network was trained on."""
+    found = load_backbone(model, size=(4, 4))
+    assert found.sample_shape == (3, 4, 4, 4) and isinstance(found, CogVideoXAdapter) and found.turns is not None
+    expected = get_3d_rotary_pos_embed(16, ((0, 1), (2, 3)), (2, 2), 3)
+    torch.testing.assert_close(found.turns, expected)
+
+
+PUBLISHED = {
+    "Qwen-Image": (QwenImageTransformer2DModel, {}, "qwen-image", 121, 20_430_401_088, 6_826_094_592, 13_564_968_768),
+    "AuraFlow": (AuraFlowTransformer2DModel, {}, "auraflow", 41, 6_833_439_744, 2_294_028_288, 4_504_783_872),
+    "Lumina-Image 2.0": (
+        Lumina2Transformer2DModel,
+        {"cap_feat_dim": 2304},
+        "lumina2",
+        29,
+        2_609_769_152,
+        268_173_568,
+        2_180_550_208,
+    ),
+    "CogVideoX-2b": (CogVideoXTransformer3DModel, {}, "cogvideox-2b", 61, 1_693_783_872, 357_801_728, 1_328_115_904),
+    "CogVideoX-5b": (
+        CogVideoXTransformer3DModel,
+        {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True},
+        "cogvideox-2b",
+        85,
+        5_570_283_072,
+        799_259_648,
+        4_758_437_440,
+    ),
+    "Sana 1.6B": (SanaTransformer2DModel, {}, "sana", 21, 1_604_462_752, 35_987_840, 1_357_496_032),
+}
+"""Class, configuration, family; sites, parameters, how many baking removes, and how many are left in the step graphs."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configuration(name: str) -> None:
+    """Exactly the time's weights disappear (of Sana its tables too, which are added to them)."""
+    cls, config, family, sites, parameters, removed, steps = PUBLISHED[name]
+    with torch.device("meta"):
+        network = cls(**config)
+    found = families()[cls.__name__](network, {"_class_name": "FlowMatchEulerDiscreteScheduler"})
+    times, sizes = parameter_times(found), {name: p.numel() for name, p in found.named_parameters()}
+    assert (len(found.sites), found.parameter_count) == (sites, parameters)
+    assert sum(sizes[one] for one in times["removed"]) == removed
+    assert sum(sizes[one] for one in times["steps"]) == steps
+    parts = (*FAMILIES[family].time, *(["scale_shift_table"] if family == "sana" else []))
+    assert times["removed"] == {one for one in sizes if any(part in one for part in parts)}
+
+
+class Quotient(torch.nn.Module):
+    """Nearly nothing added, nearly one multiplied by."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.relu() / (x.relu().sum(1, keepdim=True) + 1e-15) * 1.000004
+
+
+def test_small_constants_stay() -> None:
+    """onnxscript takes them for zero and for one; zero over zero is then no number."""
+    model = trace._export(Quotient(), (torch.zeros(2, 3),), ["x"], ["y"], None)
+    x = np.array([[-1, -2, -3], [1, 2, 3]], np.float32)
+    (found,) = ReferenceEvaluator(ir.to_proto(model)).run(None, {"x": x})
+    np.testing.assert_allclose(found, [[0, 0, 0], np.array([1, 2, 3]) / 6 * 1.000004], rtol=2e-7)
+
+
+def test_noise_levels_of_the_pipelines() -> None:
+    """Sana's multistep scheduler is flow matching; CogVideoX's shifts its signal-to-noise ratio and may end in noise alone."""
+    flow = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    name = {"_class_name": "DPMSolverMultistepScheduler"}
+    assert noise_levels({**flow.config, **name}) == (FlowLevels(3.0), "flow_prediction")
+    with pytest.raises(InputError, match="with use_flow_sigmas"):
+        noise_levels({**flow.config, **name, "use_flow_sigmas": False})
+    video = CogVideoXDDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True, snr_shift_scale=3.0)
+    levels, kind = noise_levels({**video.config, "_class_name": "CogVideoXDDIMScheduler"})
+    abar = video.alphas_cumprod.double().numpy()
+    assert kind == "v_prediction" and abar[-1] == 0 and isinstance(levels, NoiseLevels)
+    np.testing.assert_allclose(levels.sigma[:-1], np.sqrt((1 - abar) / abar.clip(1e-9))[:-1])
+    assert levels.sigma[-1] == np.sqrt(2.0**24 - 1)
