@@ -327,7 +327,7 @@ def test_what_became_of_the_sites(model: Path, bundle: Path) -> None:
     kinds = {
         "rule C": "norm",
         "merged with": "merged",
-        "a scale in": "vector",
+        "the layer would store its weight": "vector",
         "the value it acts on": "vector",
         "hoisted": "prelude",
     }

@@ -279,8 +279,8 @@ def test_what_became_of_the_sites(model: Path, bundle: Path) -> None:
     assert len(details) - len(kept) >= 2
 
 
-@exported
-def test_guidance(adapter: Adapter) -> None:
+@every
+def test_guidance(model: Path, adapter: Adapter) -> None:
     """Both branches in one call: masks and prompts have a negative of their own, sizes and FLUX's guidance are the same."""
     both = guided(adapter, 2.0)
     own = {f"negative_{request.name}" for request in adapter.requests if request.name not in adapter.negatives}
@@ -293,6 +293,7 @@ def test_guidance(adapter: Adapter) -> None:
         torch.testing.assert_close(both.at_timestep(state, 300.0, **given), a + 2.0 * (b - a), rtol=1e-4, atol=1e-4)
 
 
+@exported
 def test_distill_lowers_the_error(model: Path, adapter: Adapter, tmp_path: Path) -> None:
     recipe = Recipe(trajectories=8, iterations=6, batch=8, teacher_evaluations=8, lr=0.02)
     prompts = random_requests(adapter, 5, tmp_path / "prompts.npz")
