@@ -318,6 +318,8 @@ def export(
         f"{output}: {len(bundle.plan.evaluations)} evaluations, {', '.join(bundle.realisations)}, {total / 1e6:.2f} MB, "
         f"{bundle.manifest['export_seconds']:.1f} s"
     )
+    for part, why in bundle.manifest["left_out"].items():
+        click.echo(f"no {part} in the bundle: {why}")
     click.echo(f"next: mteo-deploy build {output}")
 
 
@@ -378,6 +380,10 @@ def build(bundle: Path, batch: str | None, given: tuple[str, ...], as_json: bool
             click.echo(f"{name} / {loops['against']}, whole loop at batch {loops['batch']}: {ratio['ratio']:.3f} {interval}")
     for name, problem in measured.get("engines", {}).get("refused", {}).items():
         click.echo(f"{name} left out: {problem}")
+    if decoder := measured.get("decoder"):
+        click.echo(
+            f"decoder at batch {decoder['batch']}: {decoder['milliseconds']:.2f} ms, {decoder['share']:.0%} of a whole sampling"
+        )
     if record["missed"]:
         click.echo(f"{record['missed']['name']} did not fit: {'; '.join(record['missed']['changed'])}")
     click.echo(f"built {directory}, realisation {record['realisation']}")
@@ -389,12 +395,13 @@ def build(bundle: Path, batch: str | None, given: tuple[str, ...], as_json: bool
 @click.option("--num", type=int, default=16, show_default=True, help="How many images.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Image i depends on (seed, i) only.")
 @click.option("--batch", type=int, default=16, show_default=True, help="Images per engine call.")
-@click.option("--size", help="HEIGHTxWIDTH, for a bundle that leaves them open [default: the backbone's own].")
+@click.option("--size", help="HEIGHTxWIDTH of the state, if the bundle leaves them open [default: the backbone's own].")
 @click.option("-o", "--output", type=PATH, default=Path("grid.png"), show_default=True, help=".png (grid), .npz, or a folder.")
 @engine_option
 @device_option
 @realisation_option
 @click.option("--tables", type=PATH, help="Another bundle, whose embeddings and steps to use in this one's table engine.")
+@click.option("--latents", is_flag=True, help="Leave them as they are, where the bundle could decode them.")
 @click.option("--class-labels", help="For a backbone with classes: one label, or as many as images, by comma.")
 @click.option("--guidance-scale", type=float, help="For a bundle with guidance [default: what it was exported with].")
 @click.option(
@@ -410,6 +417,7 @@ def sample(
     batch: int,
     size: str | None,
     output: Path,
+    latents: bool,
     class_labels: str | None,
     guidance_scale: float | None,
     request_file: Path | None,
@@ -436,10 +444,10 @@ def sample(
     requests |= {} if guidance_scale is None else {given.GUIDANCE_SCALE: guidance_scale}
     shape = None if size is None else _size(size)
     with Sampler.load(bundle, **options) as sampler, reporter(quiet or as_json) as report:
-        images.check_output(output, sampler.bundle.sample_shape)
+        images.check_output(output, sampler.bundle.image_shape_at(shape))
         clock = time.perf_counter()
         task = report.task("sampling", num)
-        drawn = sampler(num, seed, batch, lambda n: report.advance(task, n), requests, shape)
+        drawn = sampler(num, seed, batch, lambda n: report.advance(task, n), requests, shape, latents)
         seconds = time.perf_counter() - clock
     images.save(drawn, output)
     if as_json:
@@ -752,6 +760,9 @@ def inspect(
         click.echo(f"embeddings {embeddings['parameters']:,} numbers at {len(embeddings['sites'])} sites")
         click.echo(f"open       {opened}{sizes}")
         click.echo(f"requests   {', '.join(map(_request, found['requests'])) or 'none'}")
+        for part in ("decoder",):
+            if found[part]:
+                click.echo(f"{part:10} {found[part]['class']}, {found[part]['parameters']:,} parameters")
         click.echo(f"built      {', '.join(found['engines']) or 'nothing yet'}")
         total = sum(found["files"].values())
         click.echo(f"files      {len(found['files'])}, {total / 1e6:.2f} MB, all hashes right")

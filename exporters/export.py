@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from safetensors.numpy import save_file
 
@@ -20,15 +22,18 @@ from mteo_deploy.embeddings import EmbeddingSet
 from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.base import Adapter, load_backbone, site_dict
 from mteo_deploy.exporters.compiler import Compiled, compile_bundle
+from mteo_deploy.exporters.decoder import Decoder
 from mteo_deploy.exporters.guidance import guided
 from mteo_deploy.exporters.options import AXES, OPTIONAL, Options
+from mteo_deploy.exporters.pipeline import Pipeline, load_pipeline
+from mteo_deploy.exporters.trace import trace_decoder
 from mteo_deploy.plan import Plan, default_substeps, reference_plan, run
 from mteo_deploy.progress import reporter
 from mteo_deploy.realisations import NAMES
 from mteo_deploy.sampler import noise_for
 from mteo_deploy.solvers import canonical
 
-REFERENCE_SEED, REFERENCE_COUNT, OTHER_COUNT = 20260322, 4, 2
+REFERENCE_SEED, REFERENCE_COUNT, OTHER_COUNT, DECODED_COUNT = 20260322, 4, 2, 2
 
 
 def pretrained_set(adapter: Adapter, steps: int, solver: str, schedule: str | None = None) -> EmbeddingSet:
@@ -46,8 +51,9 @@ def _embeddings_at(adapter: Adapter, embeddings: EmbeddingSet, index: int) -> di
     return {site.name: one.numpy() + embeddings.deltas[site.name][index : index + 1] for site, one in pairs}
 
 
-def _reference(adapter: Adapter, embeddings: EmbeddingSet, path: Path, size: tuple[int, ...]) -> None:
-    """Store noise and the torch sampler's states, for verification without torch; of another size too, where it is open."""
+def _reference(adapter: Adapter, embeddings: EmbeddingSet, pipeline: Pipeline, path: Path, size: tuple[int, ...]) -> None:
+    """Store noise and the torch sampler's states, and some of its images where the last state is latents, for verification
+    without torch; of another size too, where it is open."""
     requests = adapter.draw_requests(REFERENCE_COUNT, REFERENCE_SEED)
     others, own = adapter.sample_shape[:-2], adapter.sample_shape[-2:]
     found = _torch_trajectory(adapter, embeddings, adapter.sample_shape, requests)
@@ -55,10 +61,19 @@ def _reference(adapter: Adapter, embeddings: EmbeddingSet, path: Path, size: tup
         part = {name: values[:OTHER_COUNT] for name, values in requests.items()}
         other = _torch_trajectory(adapter, embeddings, (*others, *size), part, OTHER_COUNT)
         found |= {f"other/{name}": values for name, values in other.items()}
+    if pipeline.decoder is not None:
+        found |= _decoded(pipeline.decoder, found)
     found |= {f"request/{name}": values for name, values in requests.items()}
     path.parent.mkdir()
-    save_file({name: values.numpy() for name, values in found.items()}, path)
+    save_file({name: values.contiguous().numpy() for name, values in found.items()}, path)  # it writes what lies in memory
     path.chmod(0o644)  # safetensors writes for the owner only
+
+
+@torch.no_grad()
+def _decoded(decoder: Decoder, found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """``images`` ``[count, 3, ...]`` of the first of the last states, of each size."""
+    last = {name.removesuffix("states"): values[-1] for name, values in found.items() if name.endswith("states")}
+    return {f"{size}images": decoder(latents[:DECODED_COUNT]) for size, latents in last.items()}
 
 
 @torch.no_grad()
@@ -112,7 +127,9 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _manifest(adapter: Adapter, embeddings: EmbeddingSet, compiled: Compiled, source: str) -> dict[str, Any]:
+def _manifest(
+    adapter: Adapter, embeddings: EmbeddingSet, pipeline: Pipeline, compiled: Compiled, source: str
+) -> dict[str, Any]:
     plan = embeddings.plan
     return {
         "schema": SCHEMA,
@@ -144,6 +161,8 @@ def _manifest(adapter: Adapter, embeddings: EmbeddingSet, compiled: Compiled, so
         "conditioned": compiled.conditioned.entry,
         "requests": [request.to_json() for request in adapter.requests],
         "prelude": compiled.prelude.entry if compiled.prelude else None,
+        "decoder": {**compiled.parts["decoder"].entry, **pipeline.decoder.to_json()} if pipeline.decoder else None,
+        "left_out": pipeline.left_out,
         "reference": {
             "file": "reference/reference.safetensors",
             "seed": REFERENCE_SEED,
@@ -282,16 +301,20 @@ def export(
     adapter = guided(adapter, *_guidance(chosen, plain, guidance_scale, null_class))
     sites: Mapping[str, int] = site_dict(adapter.sites)
     chosen.check(adapter.fingerprint(), sites)
+    pipeline = load_pipeline(adapter)
+    parts: dict[str, Callable[[], ir.Model]] = {}
+    if pipeline.decoder is not None:
+        parts["decoder"] = partial(trace_decoder, pipeline.decoder, adapter.sample_shape, options.dynamic)
     clock = time.monotonic()
     with reporter(quiet) as report, whole_directory(output, replace=MANIFEST) as directory:
 
         def embeddings_at(index: int) -> dict[str, np.ndarray]:
             return _embeddings_at(adapter, chosen, index)
 
-        compiled = compile_bundle(adapter, chosen.plan, embeddings_at, directory, options, report, size)
+        compiled = compile_bundle(adapter, chosen.plan, embeddings_at, directory, options, report, size, parts)
         chosen.save(directory / "embeddings.safetensors")
-        _reference(adapter, chosen, directory / "reference" / "reference.safetensors", size)
-        manifest = _manifest(adapter, chosen, compiled, "packaged" if model is None else adapter.source)
+        _reference(adapter, chosen, pipeline, directory / "reference" / "reference.safetensors", size)
+        manifest = _manifest(adapter, chosen, pipeline, compiled, "packaged" if model is None else adapter.source)
         manifest["export_seconds"] = round(time.monotonic() - clock, 2)
         write_manifest(directory, manifest)
     return Bundle.open(output)

@@ -18,6 +18,7 @@ import torch
 from onnx_ir.passes import common
 
 from mteo_deploy.exporters.base import Adapter
+from mteo_deploy.exporters.decoder import Decoder
 from mteo_deploy.exporters.slim import slim
 
 OPSET = 20
@@ -110,3 +111,14 @@ def trace_time_embedding(adapter: Adapter) -> tuple[ir.Model, dict[str, int]]:
     sites = {site.name: position[id(tensor)] for site, tensor in zip(adapter.sites, found, strict=True)}
     names = [f"embedding_{i}" for i in range(len(position))]
     return _export(_TimeEmbedding(adapter), (timestep,), ["timestep"], names, None), sites
+
+
+def trace_decoder(decoder: Decoder, shape: Sequence[int], dynamic: Collection[str] = ()) -> ir.Model:
+    """The decoder's graph: ``latents [batch, *shape] -> images [batch, 3, height, width]``.
+
+    Args:
+        dynamic: ``height``, ``width``: axes to leave open beside the batch.
+    """
+    axes = {0: torch.export.Dim("batch", min=1, max=63)}
+    axes |= {i: torch.export.Dim(name, min=1, max=4096) for i, name in ((2, "height"), (3, "width")) if name in dynamic}
+    return _export(decoder, (torch.zeros(2, *shape),), ["latents"], ["images"], (axes,))

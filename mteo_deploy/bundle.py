@@ -181,8 +181,22 @@ class Bundle:
     def graphs(self) -> list[dict[str, Any]]:
         """Every graph: ``graph`` (file), ``inputs`` and ``outputs`` (tensor names, in order)."""
         entries = [entry for one in self.realisations.values() for entry in (one if isinstance(one, list) else [one])]
-        prelude = self.manifest.get("prelude")
-        return [*entries, self.manifest["conditioned"], *([prelude] if prelude else [])]
+        others = [self.manifest.get("prelude"), self.decoder]
+        return [*entries, self.manifest["conditioned"], *(entry for entry in others if entry)]
+
+    @property
+    def decoder(self) -> dict[str, Any] | None:
+        """The VAE's decoder: its graph as in :attr:`graphs`, and its ``class``, ``channels``, ``scale`` of sizes and
+        ``parameters``; None for a backbone whose samples are images, and for a pipeline whose VAE is not in the bundle."""
+        found: dict[str, Any] | None = self.manifest.get("decoder")
+        return found
+
+    def image_shape_at(self, size: tuple[int, int] | None) -> tuple[int, ...]:
+        """Shape of one image of :meth:`shape_at`: that of a sample, decoded where the bundle has a decoder."""
+        shape = self.shape_at(size)
+        if self.decoder is None:
+            return shape
+        return (self.decoder["channels"], *(n * self.decoder["scale"] for n in shape[1:]))
 
     @cached_property
     def requests(self) -> tuple[Request, ...]:

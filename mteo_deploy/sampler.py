@@ -6,6 +6,7 @@ it was made with.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mteo_deploy import latency
 from mteo_deploy.bundle import Bundle
 from mteo_deploy.engines.base import OpenGraph, Session
 from mteo_deploy.engines.batches import BatchSizes
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
     from mteo_deploy.engines.cache import Built
 
 Array = NDArray[np.float32]
+DECODED_AT_ONCE = 1 << 20
+"""Pixels that a decoder of open batch size is given in one call, if they are of several images: its activations are hundreds of
+times as large."""
 
 
 def noise_for(shape: tuple[int, ...], seed: int, indices: Sequence[int]) -> Array:
@@ -92,6 +97,7 @@ class Sampler:
             return sessions[-1]
 
         self._conditioned: Session | None = None
+        self._decoder: Session | None = None
         loop, prelude = open_loop(realisation, bundle, opened, tables), Prelude(bundle, opened)
         device = device_of(sessions[0])
         states, image = (device.record(partial(function, prelude, loop)) for function in (_states, _image))
@@ -105,7 +111,7 @@ class Sampler:
 
     def close(self) -> None:
         """Free the engine's sessions and what they hold; closing it again does nothing."""
-        opened, self._opened, self._conditioned = self._opened, None, None
+        opened, self._opened, self._conditioned, self._decoder = self._opened, None, None, None
         while opened and opened.sessions:
             opened.sessions.pop().close()
 
@@ -245,6 +251,7 @@ class Sampler:
         progress: Callable[[int], None] | None = None,
         requests: Mapping[str, Any] | None = None,
         size: tuple[int, int] | None = None,
+        latents: bool = False,
     ) -> Array:
         """Sample ``num`` images; image ``i`` depends on ``(seed, i)`` and its own request inputs only.
 
@@ -253,7 +260,8 @@ class Sampler:
             progress: called with the number of images finished.
             requests: what the backbone wants beside the noise, e.g. ``{"class_labels": [3]}``: one value, or one
                 per image.
-            size: height and width, where the bundle leaves them open; None for the backbone's own.
+            size: height and width of the state, where the bundle leaves them open; None for the backbone's own.
+            latents: leave the last states as they are where the bundle could decode them.
 
         Returns:
             float32 ``[num, channels, height, width]``, nominally in [-1, 1]; of videos ``[num, frames, channels, ...]``.
@@ -262,7 +270,24 @@ class Sampler:
             InputError: for a count, seed, batch, size or request input out of range.
             EngineError: for a sampler that was closed.
         """
-        return self._batches(num, seed, batch, self.image, progress, requests, size)
+        return self._batches(num, seed, batch, self.image, progress, requests, size, latents)
+
+    def decode(self, states: Array) -> Array:
+        """Images of the last states: decoded where the bundle has a decoder, else the states themselves.
+
+        An image counts on its own, so that those of one call may be decoded in parts (:data:`DECODED_AT_ONCE`).
+
+        Raises:
+            EngineError: for states that the decoder does not take, or of a sampler that was closed.
+        """
+        if self.bundle.decoder is None:
+            return states
+        if self._decoder is None:
+            self._decoder = self.open_graph(self.bundle.decoder["graph"])
+        pixels = math.prod(states.shape[2:]) * self.bundle.decoder["scale"] ** 2
+        at_once = len(states) if isinstance(self._decoder, BatchSizes) else max(1, DECODED_AT_ONCE // pixels)
+        parts = [states[i : i + at_once] for i in range(0, len(states), at_once)]
+        return np.concatenate([np.asarray(self._decoder.run({"latents": part})[0]) for part in parts])
 
     def conditioned(
         self,
@@ -273,13 +298,14 @@ class Sampler:
         progress: Callable[[int], None] | None = None,
         requests: Mapping[str, Any] | None = None,
         size: tuple[int, int] | None = None,
+        latents: bool = False,
     ) -> Array:
         """Sample with any plan on the same backbone with ordinary time conditioning, same noise, same engine."""
 
         def images(noise: Array, given: Arrays) -> Array:
             return self.conditioned_states(plan, noise, given)[-1]
 
-        return self._batches(num, seed, batch, images, progress, requests, size)
+        return self._batches(num, seed, batch, images, progress, requests, size, latents)
 
     def conditioned_states(self, plan: Plan, noise: Array, requests: Arrays | None = None) -> Sequence[Array]:
         session, given = self.conditioned_session, requests or {}
@@ -289,6 +315,13 @@ class Sampler:
             return np.asarray(session.run({"state": state, "timestep": timestep, **given})[0])
 
         return run(plan, noise, network)
+
+    def decoder_share(self, noise: Array, requests: Arrays, seconds: float) -> dict[str, float]:
+        """What decoding takes of a whole sampling, as :func:`mteo_deploy.latency.share` gives it; empty without a decoder."""
+        if self.bundle.decoder is None:
+            return {}
+        last = self.image(noise, requests)
+        return latency.share(lambda: self.decode(last), lambda: self.image(noise, requests), seconds=seconds)
 
     @property
     def conditioned_session(self) -> Session:
@@ -301,10 +334,11 @@ class Sampler:
         num: int,
         seed: int,
         batch: int,
-        images_from: Callable[[Array, Arrays], Array],
+        states_from: Callable[[Array, Arrays], Array],
         progress: Callable[[int], None] | None,
         requests: Mapping[str, Any] | None,
         size: tuple[int, int] | None,
+        latents: bool,
     ) -> Array:
         if num < 1 or batch < 1:
             raise InputError(f"expected --num and --batch of 1 or more; found {num} and {batch}")
@@ -313,7 +347,8 @@ class Sampler:
         for start in range(0, num, batch):
             indices = range(start, min(start + batch, num))
             part = {name: values[start : indices.stop] for name, values in given.items()}
-            chunks.append(images_from(noise_for(shape, seed, indices), part))
+            states = states_from(noise_for(shape, seed, indices), part)
+            chunks.append(states if latents else self.decode(states))
             if progress:
                 progress(len(indices))
         return np.concatenate(chunks)
