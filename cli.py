@@ -170,6 +170,7 @@ def main() -> None:
 @click.option("--seed", type=int, default=1_000_000, show_default=True)
 @click.option("--bf16", is_flag=True, help="Train under bf16 autocast.")
 @click.option("--requests", type=PATH, help="npz to learn from: what the backbone wants beside the noise, [rows, ...] each.")
+@click.option("--prompts", type=PATH, help="In its place: a file with a prompt on each line, for a pipeline's text encoders.")
 @click.option("--teacher", default="heun", show_default=True, help="Solver of the reference trajectories.")
 @click.option("--teacher-evaluations", type=int, help="Evaluations of a reference trajectory, at least [default: about 36].")
 @click.option("--share", default="none", show_default=True, help="none: a vector per site; step: a vector; time: a number.")
@@ -194,6 +195,7 @@ def distill(
     schedule: str | None,
     output: Path,
     requests: Path | None,
+    prompts: Path | None,
     learn: str,
     init: Path | None,
     cache: Path | None,
@@ -224,6 +226,7 @@ def distill(
         schedule=schedule,
         recipe=Recipe(**recipe, learn=tuple(_names(learn))),
         requests=requests,
+        prompts=prompts,
         init=init,
         cache=cache,
         device=device,
@@ -401,6 +404,8 @@ def build(bundle: Path, batch: str | None, given: tuple[str, ...], as_json: bool
 @device_option
 @realisation_option
 @click.option("--tables", type=PATH, help="Another bundle, whose embeddings and steps to use in this one's table engine.")
+@click.option("--prompt", multiple=True, help="For all images; repeatable: one for each. Needs a bundle with a text encoder.")
+@click.option("--negative-prompt", multiple=True, help="Likewise, for a bundle with guidance [default: the empty one].")
 @click.option("--latents", is_flag=True, help="Leave them as they are, where the bundle could decode them.")
 @click.option("--class-labels", help="For a backbone with classes: one label, or as many as images, by comma.")
 @click.option("--guidance-scale", type=float, help="For a bundle with guidance [default: what it was exported with].")
@@ -418,6 +423,8 @@ def sample(
     size: str | None,
     output: Path,
     latents: bool,
+    prompt: tuple[str, ...],
+    negative_prompt: tuple[str, ...],
     class_labels: str | None,
     guidance_scale: float | None,
     request_file: Path | None,
@@ -430,6 +437,7 @@ def sample(
     \b
     Example:  mteo-deploy sample bundle --num 64 --seed 0 --batch 16 -o grid.png
               mteo-deploy sample bundle --size 32x48 -o grid.png
+              mteo-deploy sample bundle --prompt "a castle in the sea" --num 4 -o castles
     """
     import time
 
@@ -447,7 +455,8 @@ def sample(
         images.check_output(output, sampler.bundle.image_shape_at(shape))
         clock = time.perf_counter()
         task = report.task("sampling", num)
-        drawn = sampler(num, seed, batch, lambda n: report.advance(task, n), requests, shape, latents)
+        texts = {"prompt": list(prompt) or None, "negative_prompt": list(negative_prompt) or None}
+        drawn = sampler(num, seed, batch, lambda n: report.advance(task, n), requests, shape, latents, **texts)
         seconds = time.perf_counter() - clock
     images.save(drawn, output)
     if as_json:
@@ -760,9 +769,9 @@ def inspect(
         click.echo(f"embeddings {embeddings['parameters']:,} numbers at {len(embeddings['sites'])} sites")
         click.echo(f"open       {opened}{sizes}")
         click.echo(f"requests   {', '.join(map(_request, found['requests'])) or 'none'}")
-        for part in ("decoder",):
+        for name, part in (("prompts", "text_encoder"), ("decoder", "decoder")):
             if found[part]:
-                click.echo(f"{part:10} {found[part]['class']}, {found[part]['parameters']:,} parameters")
+                click.echo(f"{name:10} {found[part]['class']}, {found[part]['parameters']:,} parameters")
         click.echo(f"built      {', '.join(found['engines']) or 'nothing yet'}")
         total = sum(found["files"].values())
         click.echo(f"files      {len(found['files'])}, {total / 1e6:.2f} MB, all hashes right")

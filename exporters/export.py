@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
+from collections.abc import Collection, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import torch
 from safetensors.numpy import save_file
 
@@ -26,14 +24,16 @@ from mteo_deploy.exporters.decoder import Decoder
 from mteo_deploy.exporters.guidance import guided
 from mteo_deploy.exporters.options import AXES, OPTIONAL, Options
 from mteo_deploy.exporters.pipeline import Pipeline, load_pipeline
-from mteo_deploy.exporters.trace import trace_decoder
+from mteo_deploy.exporters.text import TextEncoder
 from mteo_deploy.plan import Plan, default_substeps, reference_plan, run
 from mteo_deploy.progress import reporter
+from mteo_deploy.prompts import tokenise
 from mteo_deploy.realisations import NAMES
 from mteo_deploy.sampler import noise_for
 from mteo_deploy.solvers import canonical
 
 REFERENCE_SEED, REFERENCE_COUNT, OTHER_COUNT, DECODED_COUNT = 20260322, 4, 2, 2
+REFERENCE_PROMPTS = ("A photograph of an astronaut riding a horse.", "", "two cats & 1 café, 日本")
 
 
 def pretrained_set(adapter: Adapter, steps: int, solver: str, schedule: str | None = None) -> EmbeddingSet:
@@ -63,6 +63,8 @@ def _reference(adapter: Adapter, embeddings: EmbeddingSet, pipeline: Pipeline, p
         found |= {f"other/{name}": values for name, values in other.items()}
     if pipeline.decoder is not None:
         found |= _decoded(pipeline.decoder, found)
+    if pipeline.text_encoder is not None:
+        found |= _encoded(pipeline.text_encoder)
     found |= {f"request/{name}": values for name, values in requests.items()}
     path.parent.mkdir()
     save_file({name: values.contiguous().numpy() for name, values in found.items()}, path)  # it writes what lies in memory
@@ -74,6 +76,12 @@ def _decoded(decoder: Decoder, found: Mapping[str, torch.Tensor]) -> dict[str, t
     """``images`` ``[count, 3, ...]`` of the first of the last states, of each size."""
     last = {name.removesuffix("states"): values[-1] for name, values in found.items() if name.endswith("states")}
     return {f"{size}images": decoder(latents[:DECODED_COUNT]) for size, latents in last.items()}
+
+
+def _encoded(encoder: TextEncoder) -> dict[str, torch.Tensor]:
+    """``text/<input>`` and ``text/<output>``: token ids of fixed prompts, and what torch makes of them."""
+    ids = dict(zip(encoder.inputs, tokenise(encoder.tokenizers, REFERENCE_PROMPTS), strict=True))
+    return {f"text/{name}": torch.from_numpy(v) for name, v in {**ids, **encoder.encode(REFERENCE_PROMPTS)}.items()}
 
 
 @torch.no_grad()
@@ -118,8 +126,9 @@ def _other_size(adapter: Adapter, dynamic: Collection[str]) -> tuple[int, ...]:
     return height + steps[0], width + 2 * steps[1]
 
 
-def _versions() -> dict[str, str]:
-    packages = ("torch", "diffusers", "onnx", "onnx-ir", "onnxscript", "numpy", "safetensors")
+def _versions(pipeline: Pipeline) -> dict[str, str]:
+    packages = ["torch", "diffusers", "onnx", "onnx-ir", "onnxscript", "numpy", "safetensors"]
+    packages += ["transformers", "tokenizers"] if pipeline.text_encoder else []
     return {
         "mteo-deploy": mteo_deploy.__version__,
         "python": platform.python_version(),
@@ -134,7 +143,7 @@ def _manifest(
     return {
         "schema": SCHEMA,
         "kind": "mteo-deploy bundle",
-        "versions": _versions(),
+        "versions": _versions(pipeline),
         "backbone": {
             "source": source,
             "license": adapter.license,
@@ -162,11 +171,15 @@ def _manifest(
         "requests": [request.to_json() for request in adapter.requests],
         "prelude": compiled.prelude.entry if compiled.prelude else None,
         "decoder": {**compiled.parts["decoder"].entry, **pipeline.decoder.to_json()} if pipeline.decoder else None,
+        "text_encoder": {**compiled.parts["text_encoder"].entry, **pipeline.text_encoder.to_json()}
+        if pipeline.text_encoder
+        else None,
         "left_out": pipeline.left_out,
         "reference": {
             "file": "reference/reference.safetensors",
             "seed": REFERENCE_SEED,
             "count": REFERENCE_COUNT,
+            "prompts": list(REFERENCE_PROMPTS),
             "plan": _reference_plan(adapter, plan).to_json(),
         },
         "compiler": compiled.to_json(),
@@ -302,16 +315,16 @@ def export(
     sites: Mapping[str, int] = site_dict(adapter.sites)
     chosen.check(adapter.fingerprint(), sites)
     pipeline = load_pipeline(adapter)
-    parts: dict[str, Callable[[], ir.Model]] = {}
-    if pipeline.decoder is not None:
-        parts["decoder"] = partial(trace_decoder, pipeline.decoder, adapter.sample_shape, options.dynamic)
     clock = time.monotonic()
     with reporter(quiet) as report, whole_directory(output, replace=MANIFEST) as directory:
 
         def embeddings_at(index: int) -> dict[str, np.ndarray]:
             return _embeddings_at(adapter, chosen, index)
 
+        parts = pipeline.traces(adapter, options.dynamic)
         compiled = compile_bundle(adapter, chosen.plan, embeddings_at, directory, options, report, size, parts)
+        if pipeline.text_encoder is not None:
+            pipeline.text_encoder.save_tokenizers(directory)
         chosen.save(directory / "embeddings.safetensors")
         _reference(adapter, chosen, pipeline, directory / "reference" / "reference.safetensors", size)
         manifest = _manifest(adapter, chosen, pipeline, compiled, "packaged" if model is None else adapter.source)

@@ -20,6 +20,7 @@ from onnx_ir.passes import common
 from mteo_deploy.exporters.base import Adapter
 from mteo_deploy.exporters.decoder import Decoder
 from mteo_deploy.exporters.slim import slim
+from mteo_deploy.exporters.text import TextEncoder
 
 OPSET = 20
 IR_VERSION = 10  # engines lag behind the exporter's newest
@@ -122,3 +123,10 @@ def trace_decoder(decoder: Decoder, shape: Sequence[int], dynamic: Collection[st
     axes = {0: torch.export.Dim("batch", min=1, max=63)}
     axes |= {i: torch.export.Dim(name, min=1, max=4096) for i, name in ((2, "height"), (3, "width")) if name in dynamic}
     return _export(decoder, (torch.zeros(2, *shape),), ["latents"], ["images"], (axes,))
+
+
+def trace_text_encoder(encoder: TextEncoder) -> ir.Model:
+    """The text encoders' graph: ``input_ids [batch, length] ...`` to the request inputs that they make."""
+    ids = [torch.zeros(2, encoder.length, dtype=torch.int64) for _ in encoder.inputs]
+    batch = {0: torch.export.Dim("batch", min=1, max=63)}
+    return _export(encoder, (ids,), encoder.inputs, encoder.outputs, ([batch] * len(ids),))

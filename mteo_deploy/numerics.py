@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mteo_deploy.plan import Plan
+from mteo_deploy.prompts import open_tokenizers, tokenise
 from mteo_deploy.realisations import Stepwise
 from mteo_deploy.sampler import Sampler
 
@@ -224,6 +226,25 @@ def decoder_checks(sampler: Sampler, tolerance: float) -> list[Check]:
         checks.append(Check(name, error <= tolerance, detail, _finite([error]), tolerance))
     bad = _not_finite(sampler)
     return [*checks, Check("decoder finite", bad == 0, f"{bad} values of the decoder's images are NaN or infinite")]
+
+
+def text_checks(sampler: Sampler, tolerance: float) -> list[Check]:
+    """The text encoder, of torch's token ids, against what torch made of them; the ids too where tokenizers is installed."""
+    entry = sampler.bundle.text_encoder
+    if entry is None:
+        return []
+    reference = sampler.bundle.reference()
+    ids = [reference[f"text/{name}"].astype(np.int64) for name in entry["inputs"]]
+    found = sampler.encode(ids)
+    errors = {name: relative_error(found[name], reference[f"text/{name}"]) for name in entry["outputs"]}
+    worst = max(errors, key=errors.__getitem__)
+    detail = f"relative error of {worst} {errors[worst]:.1e} (allowed {tolerance:.0e})"
+    checks = [Check("text encoder", errors[worst] <= tolerance, detail, _finite([errors[worst]]), tolerance)]
+    if find_spec("tokenizers") is None:
+        return checks
+    again = tokenise(open_tokenizers(sampler.bundle), sampler.bundle.manifest["reference"]["prompts"])
+    other = sum(int((a != b).sum()) for a, b in zip(ids, again, strict=True))
+    return [*checks, Check("tokenizer", other == 0, f"{other} token ids differ from those where the bundle was made")]
 
 
 def _not_finite(sampler: Sampler) -> int:

@@ -23,6 +23,7 @@ from mteo_deploy.engines.batches import BatchSizes
 from mteo_deploy.engines.device import Device, Value, Values, device_of
 from mteo_deploy.errors import EngineError, InputError
 from mteo_deploy.plan import Plan, run
+from mteo_deploy.prompts import Texts, open_tokenizers, request_inputs, tokenise
 from mteo_deploy.realisations import Loop, Prelude, Stepwise, open_loop
 from mteo_deploy.requests import Arrays, take_all
 
@@ -33,6 +34,8 @@ Array = NDArray[np.float32]
 DECODED_AT_ONCE = 1 << 20
 """Pixels that a decoder of open batch size is given in one call, if they are of several images: its activations are hundreds of
 times as large."""
+PROMPTS_AT_ONCE = 16
+"""Prompts that a text encoder is given in one call."""
 
 
 def noise_for(shape: tuple[int, ...], seed: int, indices: Sequence[int]) -> Array:
@@ -96,8 +99,7 @@ class Sampler:
             sessions.append(session if batch == "dynamic" else BatchSizes({batch: session}))
             return sessions[-1]
 
-        self._conditioned: Session | None = None
-        self._decoder: Session | None = None
+        self._others: dict[str, Session] = {}
         loop, prelude = open_loop(realisation, bundle, opened, tables), Prelude(bundle, opened)
         device = device_of(sessions[0])
         states, image = (device.record(partial(function, prelude, loop)) for function in (_states, _image))
@@ -111,7 +113,7 @@ class Sampler:
 
     def close(self) -> None:
         """Free the engine's sessions and what they hold; closing it again does nothing."""
-        opened, self._opened, self._conditioned, self._decoder = self._opened, None, None, None
+        opened, self._opened, self._others = self._opened, None, {}
         while opened and opened.sessions:
             opened.sessions.pop().close()
 
@@ -252,6 +254,8 @@ class Sampler:
         requests: Mapping[str, Any] | None = None,
         size: tuple[int, int] | None = None,
         latents: bool = False,
+        prompt: Texts | None = None,
+        negative_prompt: Texts | None = None,
     ) -> Array:
         """Sample ``num`` images; image ``i`` depends on ``(seed, i)`` and its own request inputs only.
 
@@ -262,14 +266,23 @@ class Sampler:
                 per image.
             size: height and width of the state, where the bundle leaves them open; None for the backbone's own.
             latents: leave the last states as they are where the bundle could decode them.
+            prompt, negative_prompt: for a bundle with a text encoder: one text for all images, or one for each. ``requests``
+                then has what they do not make.
 
         Returns:
             float32 ``[num, channels, height, width]``, nominally in [-1, 1]; of videos ``[num, frames, channels, ...]``.
 
         Raises:
-            InputError: for a count, seed, batch, size or request input out of range.
+            InputError: for a count, seed, batch, size or request input out of range, or prompts that the bundle does not take.
             EngineError: for a sampler that was closed.
         """
+        if prompt is None and negative_prompt is not None:
+            raise InputError("expected --negative-prompt with --prompt; found no --prompt")
+        if prompt is not None:
+            made = self._prompted(prompt, negative_prompt, num, size)
+            if twice := sorted(made.keys() & (requests or {}).keys() - {"time_ids"}):
+                raise InputError(f"expected {', '.join(twice)} from --prompt or --requests; found both; leave one out")
+            requests = {**made, **(requests or {})}
         return self._batches(num, seed, batch, self.image, progress, requests, size, latents)
 
     def decode(self, states: Array) -> Array:
@@ -282,12 +295,11 @@ class Sampler:
         """
         if self.bundle.decoder is None:
             return states
-        if self._decoder is None:
-            self._decoder = self.open_graph(self.bundle.decoder["graph"])
+        decoder = self._other("decoder")
         pixels = math.prod(states.shape[2:]) * self.bundle.decoder["scale"] ** 2
-        at_once = len(states) if isinstance(self._decoder, BatchSizes) else max(1, DECODED_AT_ONCE // pixels)
+        at_once = len(states) if isinstance(decoder, BatchSizes) else max(1, DECODED_AT_ONCE // pixels)
         parts = [states[i : i + at_once] for i in range(0, len(states), at_once)]
-        return np.concatenate([np.asarray(self._decoder.run({"latents": part})[0]) for part in parts])
+        return np.concatenate([np.asarray(decoder.run({"latents": part})[0]) for part in parts])
 
     def conditioned(
         self,
@@ -325,9 +337,30 @@ class Sampler:
 
     @property
     def conditioned_session(self) -> Session:
-        if self._conditioned is None:
-            self._conditioned = self.open_graph(self.bundle.manifest["conditioned"]["graph"])
-        return self._conditioned
+        return self._other("conditioned")
+
+    def _other(self, name: str) -> Session:
+        """A graph beside the loop's, by its name in the manifest; opened when first asked for."""
+        if name not in self._others:
+            self._others[name] = self.open_graph(self.bundle.manifest[name]["graph"])
+        return self._others[name]
+
+    def encode(self, ids: Sequence[NDArray[np.int64]]) -> dict[str, Array]:
+        """Request inputs by name of token ids ``[count, length]``, one array for each input of the bundle's text encoder."""
+        entry, parts = self.bundle.manifest["text_encoder"], []
+        for start in range(0, len(ids[0]), PROMPTS_AT_ONCE):
+            part = [one[start : start + PROMPTS_AT_ONCE] for one in ids]
+            parts.append(self._other("text_encoder").run(dict(zip(entry["inputs"], part, strict=True))))
+        return {name: np.concatenate(values) for name, values in zip(entry["outputs"], zip(*parts, strict=True), strict=True)}
+
+    def _prompted(self, prompt: Texts, negative: Texts | None, num: int, size: tuple[int, int] | None) -> dict[str, Any]:
+        tokenizers, bundle = open_tokenizers(self.bundle), self.bundle
+
+        def encode(texts: Sequence[str]) -> dict[str, Array]:
+            return self.encode(tokenise(tokenizers, texts))
+
+        shape = bundle.shape_at(size)[-2:]
+        return request_inputs(bundle.manifest["text_encoder"], bundle.requests, encode, prompt, negative, num, shape)
 
     def _batches(
         self,

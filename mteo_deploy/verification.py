@@ -137,6 +137,7 @@ def verify(
         "evaluations": lambda: numerics.evaluation_checks(sampler, tolerance["evaluation"]),
         "trajectory": lambda: [numerics.trajectory_check(sampler, tolerance["trajectory"])],
         "other size": lambda: numerics.size_checks(sampler, tolerance["trajectory"]),
+        "text encoder": lambda: numerics.text_checks(sampler, tolerance["evaluation"]),
         "decoder": lambda: numerics.decoder_checks(sampler, tolerance["evaluation"]),
         "canaries": lambda: numerics.canaries(sampler, tolerance["batch"]),
     }

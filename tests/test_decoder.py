@@ -14,7 +14,6 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from helpers import altered, edit_json, failed, relative
 from pipelines import add_part, random_vae
 from test_imports import BLOCK, python
-from test_unet2d_condition import random_unet, save
 
 from mteo_deploy.bundle import Bundle
 from mteo_deploy.cli import main
@@ -23,7 +22,6 @@ from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.base import load_backbone
 from mteo_deploy.exporters.decoder import Decoder
 from mteo_deploy.exporters.evaluate import evaluate
-from mteo_deploy.exporters.export import export
 from mteo_deploy.exporters.pipeline import load_pipeline
 from mteo_deploy.exporters.trace import trace_decoder
 from mteo_deploy.inspection import inspect
@@ -32,25 +30,13 @@ from mteo_deploy.verification import verify
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    path = save(tmp_path_factory.mktemp("decoded") / "pipeline", random_unet())
-    add_part(path, "vae", random_vae())
-    return path
+def model(pipeline_model: Path) -> Path:
+    return pipeline_model
 
 
 @pytest.fixture(scope="module")
-def bundle(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("bundles") / "decoded"
-    dynamic = ("batch", "height", "width")
-    build(
-        export(path, model=model, steps=1, plain=True, dynamic=dynamic, realisations=["baked"], quiet=True),
-        engine="onnxruntime",
-        threads=1,
-        seconds=0.1,
-        quiet=True,
-    )
-    return path
+def bundle(pipeline_bundle: Path) -> Path:
+    return pipeline_bundle
 
 
 @pytest.fixture(scope="module")
@@ -79,14 +65,14 @@ def test_images_equal_torch(bundle: Path, vae: AutoencoderKL, size: tuple[int, i
 def test_large_images_are_decoded_in_parts(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Sampler.load(bundle) as sampler:
         latents = np.random.default_rng(0).standard_normal((3, 2, 8, 8), dtype=np.float32)
-        whole, calls = sampler.decode(latents), []
-        run = sampler._decoder.run  # type: ignore[union-attr]
+        whole, calls, session = sampler.decode(latents), [], sampler._other("decoder")
+        run = session.run
 
         def counted(feeds: Any) -> Any:
             calls.append(len(feeds["latents"]))
             return run(feeds)
 
-        monkeypatch.setattr(sampler._decoder, "run", counted)
+        monkeypatch.setattr(session, "run", counted)
         monkeypatch.setattr("mteo_deploy.sampler.DECODED_AT_ONCE", 2 * 16 * 16)
         np.testing.assert_allclose(sampler.decode(latents), whole, atol=1e-5)
         assert calls == [2, 1]
