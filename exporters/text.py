@@ -35,8 +35,8 @@ VAE_SCALE = 8
 
 
 class TextEncoder(torch.nn.Module):
-    """Frozen CLIP text encoders: token ids ``[batch, length]`` for each, to ``encoder_hidden_states`` ``[batch, length, width]``
-    and, of two encoders, ``text_embeds`` ``[batch, width]``.
+    """Frozen CLIP text encoders: token ids ``[batch, length]`` for each, to ``encoder_hidden_states``
+    ``[batch, length, width]`` and, of two encoders, ``text_embeds`` ``[batch, width]``.
 
     Args:
         encoders: one or two, of ``transformers``.

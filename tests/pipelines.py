@@ -35,7 +35,7 @@ def add_part(pipeline: Path, name: str, part: Any, library: str = "diffusers") -
 
 
 def vocabulary() -> tuple[dict[str, int], list[str]]:
-    """Byte pairs as CLIP has them: every byte, inside a word and at its end, and the words above put together letter by letter."""
+    """Byte pairs as CLIP has them: every byte, inside a word and at its end; the words above, letter by letter."""
     letters = sorted(ByteLevel.alphabet())
     tokens, merges = [*letters, *(f"{letter}</w>" for letter in letters)], []
     for word in WORDS:
@@ -67,7 +67,7 @@ def add_text(pipeline: Path, xl: bool = False) -> None:
 
     def config(width: int) -> CLIPTextConfig:
         ids = {"vocab_size": size, "bos_token_id": size - 2, "eos_token_id": size - 1, "pad_token_id": size - 1}
-        heads = {"num_hidden_layers": 3, "num_attention_heads": 2, "projection_dim": 16}
+        heads = {"num_hidden_layers": 2, "num_attention_heads": 2, "projection_dim": 16}
         return CLIPTextConfig(hidden_size=width, intermediate_size=2 * width, **ids, **heads)
 
     add_part(pipeline, "text_encoder", CLIPTextModel(config(4 if xl else 12)), "transformers")
