@@ -170,6 +170,7 @@ def main() -> None:
 @click.option("--seed", type=int, default=1_000_000, show_default=True)
 @click.option("--bf16", is_flag=True, help="Train under bf16 autocast.")
 @click.option("--requests", type=PATH, help="npz to learn from: what the backbone wants beside the noise, [rows, ...] each.")
+@click.option("--prompts", type=PATH, help="In its place: a file with a prompt on each line, for a pipeline's text encoders.")
 @click.option("--teacher", default="heun", show_default=True, help="Solver of the reference trajectories.")
 @click.option("--teacher-evaluations", type=int, help="Evaluations of a reference trajectory, at least [default: about 36].")
 @click.option("--share", default="none", show_default=True, help="none: a vector per site; step: a vector; time: a number.")
@@ -194,6 +195,7 @@ def distill(
     schedule: str | None,
     output: Path,
     requests: Path | None,
+    prompts: Path | None,
     learn: str,
     init: Path | None,
     cache: Path | None,
@@ -224,6 +226,7 @@ def distill(
         schedule=schedule,
         recipe=Recipe(**recipe, learn=tuple(_names(learn))),
         requests=requests,
+        prompts=prompts,
         init=init,
         cache=cache,
         device=device,
@@ -318,6 +321,8 @@ def export(
         f"{output}: {len(bundle.plan.evaluations)} evaluations, {', '.join(bundle.realisations)}, {total / 1e6:.2f} MB, "
         f"{bundle.manifest['export_seconds']:.1f} s"
     )
+    for part, why in bundle.manifest["left_out"].items():
+        click.echo(f"no {part} in the bundle: {why}")
     click.echo(f"next: mteo-deploy build {output}")
 
 
@@ -378,6 +383,10 @@ def build(bundle: Path, batch: str | None, given: tuple[str, ...], as_json: bool
             click.echo(f"{name} / {loops['against']}, whole loop at batch {loops['batch']}: {ratio['ratio']:.3f} {interval}")
     for name, problem in measured.get("engines", {}).get("refused", {}).items():
         click.echo(f"{name} left out: {problem}")
+    if decoder := measured.get("decoder"):
+        click.echo(
+            f"decoder at batch {decoder['batch']}: {decoder['milliseconds']:.2f} ms, {decoder['share']:.0%} of a whole sampling"
+        )
     if record["missed"]:
         click.echo(f"{record['missed']['name']} did not fit: {'; '.join(record['missed']['changed'])}")
     click.echo(f"built {directory}, realisation {record['realisation']}")
@@ -389,12 +398,15 @@ def build(bundle: Path, batch: str | None, given: tuple[str, ...], as_json: bool
 @click.option("--num", type=int, default=16, show_default=True, help="How many images.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Image i depends on (seed, i) only.")
 @click.option("--batch", type=int, default=16, show_default=True, help="Images per engine call.")
-@click.option("--size", help="HEIGHTxWIDTH, for a bundle that leaves them open [default: the backbone's own].")
+@click.option("--size", help="HEIGHTxWIDTH of the state, if the bundle leaves them open [default: the backbone's own].")
 @click.option("-o", "--output", type=PATH, default=Path("grid.png"), show_default=True, help=".png (grid), .npz, or a folder.")
 @engine_option
 @device_option
 @realisation_option
 @click.option("--tables", type=PATH, help="Another bundle, whose embeddings and steps to use in this one's table engine.")
+@click.option("--prompt", multiple=True, help="For all images; repeatable: one for each. Needs a bundle with a text encoder.")
+@click.option("--negative-prompt", multiple=True, help="Likewise, for a bundle with guidance [default: the empty one].")
+@click.option("--latents", is_flag=True, help="Leave them as they are, where the bundle could decode them.")
 @click.option("--class-labels", help="For a backbone with classes: one label, or as many as images, by comma.")
 @click.option("--guidance-scale", type=float, help="For a bundle with guidance [default: what it was exported with].")
 @click.option(
@@ -410,6 +422,9 @@ def sample(
     batch: int,
     size: str | None,
     output: Path,
+    latents: bool,
+    prompt: tuple[str, ...],
+    negative_prompt: tuple[str, ...],
     class_labels: str | None,
     guidance_scale: float | None,
     request_file: Path | None,
@@ -422,6 +437,7 @@ def sample(
     \b
     Example:  mteo-deploy sample bundle --num 64 --seed 0 --batch 16 -o grid.png
               mteo-deploy sample bundle --size 32x48 -o grid.png
+              mteo-deploy sample bundle --prompt "a castle in the sea" --num 4 -o castles
     """
     import time
 
@@ -436,10 +452,11 @@ def sample(
     requests |= {} if guidance_scale is None else {given.GUIDANCE_SCALE: guidance_scale}
     shape = None if size is None else _size(size)
     with Sampler.load(bundle, **options) as sampler, reporter(quiet or as_json) as report:
-        images.check_output(output, sampler.bundle.sample_shape)
+        images.check_output(output, sampler.bundle.image_shape_at(shape))
         clock = time.perf_counter()
         task = report.task("sampling", num)
-        drawn = sampler(num, seed, batch, lambda n: report.advance(task, n), requests, shape)
+        texts = {"prompt": list(prompt) or None, "negative_prompt": list(negative_prompt) or None}
+        drawn = sampler(num, seed, batch, lambda n: report.advance(task, n), requests, shape, latents, **texts)
         seconds = time.perf_counter() - clock
     images.save(drawn, output)
     if as_json:
@@ -752,6 +769,9 @@ def inspect(
         click.echo(f"embeddings {embeddings['parameters']:,} numbers at {len(embeddings['sites'])} sites")
         click.echo(f"open       {opened}{sizes}")
         click.echo(f"requests   {', '.join(map(_request, found['requests'])) or 'none'}")
+        for name, part in (("prompts", "text_encoder"), ("decoder", "decoder")):
+            if found[part]:
+                click.echo(f"{name:10} {found[part]['class']}, {found[part]['parameters']:,} parameters")
         click.echo(f"built      {', '.join(found['engines']) or 'nothing yet'}")
         total = sum(found["files"].values())
         click.echo(f"files      {len(found['files'])}, {total / 1e6:.2f} MB, all hashes right")

@@ -104,6 +104,7 @@ def build(
         if not candidates:
             raise next(iter(refused.values()))
         best, engines = _fastest(bundle, candidates, size, seconds)
+        _time_decoder(bundle, best, size, seconds)
         if engine == AUTO and len(targets) > 1:
             best.measured["engines"] = {**engines, "refused": {name: str(error) for name, error in refused.items()}}
         return _save(bundle, best)
@@ -132,6 +133,8 @@ def _candidate(
         _check_loop(bundle, found.samplers[name])
         report.advance(task, 1, name)
     _check_conditioned(bundle, found.samplers[names[0]])
+    _check_decoder(bundle, found.samplers[names[0]])
+    _check_text_encoder(bundle, found.samplers[names[0]])
     report.advance(task, 1, "conditioned")
     found.realisation, found.measured = _choose(bundle, found.samplers, size, seconds)
     report.advance(task, 1, "measuring")
@@ -153,9 +156,10 @@ def _save(bundle: Bundle, built: Candidate) -> Path:
     parts = cache.key_parts(bundle, built.backend, built.device, built.options)
     directory, missed = cache.directory(bundle, parts), cache.missed(bundle, parts)
     with whole_directory(directory, replace=cache.RECORD) as temporary:
-        conditioned = bundle.manifest["conditioned"]["graph"]
+        parts_of = (bundle.manifest["conditioned"], bundle.decoder, bundle.text_encoder)
+        others = [entry["graph"] for entry in parts_of if entry]
         every = {graph: session for sessions in built.sessions.values() for graph, session in sessions.items()}
-        for graph, session in {conditioned: every[conditioned], **built.sessions[built.realisation]}.items():
+        for graph, session in {**{one: every[one] for one in others}, **built.sessions[built.realisation]}.items():
             session.save(temporary, graph)
         record = {
             "parts": parts,
@@ -177,6 +181,29 @@ def _check_conditioned(bundle: Bundle, sampler: Sampler) -> None:
     outputs = sampler.conditioned_session.run({**feeds, **bundle.reference_requests(1)})
     if not all(np.isfinite(output).all() for output in outputs):
         raise EngineError(f"{entry['graph']} gives values that are not finite for a zero input; export again")
+
+
+def _check_decoder(bundle: Bundle, sampler: Sampler) -> None:
+    """Where there is one, it opens and gives finite values."""
+    images = sampler.decode(np.zeros((1, *bundle.sample_shape), np.float32))
+    if not np.isfinite(images).all():
+        raise EngineError("the decoder gives values that are not finite for latents of zero; export again")
+
+
+def _check_text_encoder(bundle: Bundle, sampler: Sampler) -> None:
+    """Where there is one, it opens and gives finite values."""
+    if bundle.text_encoder is None:
+        return
+    ids = np.zeros((1, bundle.text_encoder["length"]), np.int64)
+    outputs = sampler.encode([ids for _ in bundle.text_encoder["inputs"]])
+    if not all(np.isfinite(values).all() for values in outputs.values()):
+        raise EngineError("the text encoder gives values that are not finite for token ids of zero; export again")
+
+
+def _time_decoder(bundle: Bundle, built: Candidate, batch: int, seconds: float) -> None:
+    noise, requests = noise_for(bundle.sample_shape, 0, range(batch)), bundle.reference_requests(batch)
+    if found := built.chosen.decoder_share(noise, requests, seconds / 4):
+        built.measured["decoder"] = {"batch": batch, **found}
 
 
 def _check_loop(bundle: Bundle, sampler: Sampler) -> None:

@@ -50,14 +50,15 @@ class OpenVinoSession:
     def __init__(self, compiled: Any, size: int | None) -> None:
         self._compiled, self._size = compiled, size
         self._request = compiled.create_infer_request()
-        self._inputs = {value.any_name for value in compiled.inputs}
+        self._inputs = [set(value.names) for value in compiled.inputs]  # several of one that a removed node passed on as it was
         self._outputs = list(compiled.outputs)
 
     def run(self, feeds: Values) -> list[Any]:
         if self._request is None:
             raise closed()
-        if feeds.keys() != self._inputs:  # a missing one would keep what the last run was given
-            raise EngineError(f"expected the inputs {sorted(self._inputs)}; found {sorted(feeds)}")
+        missing = [names for names in self._inputs if not names & feeds.keys()]  # it would keep what the last run was given
+        if missing or len(feeds) != len(self._inputs):
+            raise EngineError(f"expected the inputs {[' or '.join(sorted(n)) for n in self._inputs]}; found {sorted(feeds)}")
         try:
             # inputs are read where they lie; outputs are copied, or the next run would write into its own input
             found = self._request.infer(dict(feeds), share_inputs=True)
@@ -171,7 +172,7 @@ class OpenVinoBackend:
                 return core.import_model(path.read_bytes(), device, config)
             model = core.read_model(bundle.file(graph))
             if size is not None:
-                of_images = [value for value in model.inputs if value.any_name not in SHARED]
+                of_images = [value for value in model.inputs if not {*SHARED} & set(value.names)]
                 model.reshape({value.any_name: [size, *list(value.partial_shape)[1:]] for value in of_images})
             return core.compile_model(model, device, config)
         except RuntimeError as error:

@@ -54,6 +54,7 @@ class Adapter(ABC, torch.nn.Module):
         requests: what is given once per request beside the noise, such as class labels.
         source: where it was loaded from, by name.
         license: what its card says, e.g. ``apache-2.0``; None where it says nothing.
+        pipeline: the diffusers pipeline directory that it is part of; None for one that was made otherwise.
         negatives: what the negative branch of classifier-free guidance gets for a request input: a number (the label of no
             class), or None for what the positive branch gets. One that is not here is given again, as ``negative_<name>``.
         branches: how many rows of the network's batch an image takes.
@@ -76,6 +77,7 @@ class Adapter(ABC, torch.nn.Module):
     config: dict[str, Any]
     source: str = "given"
     license: str | None = None
+    pipeline: Path | None = None
 
     @abstractmethod
     def __init__(self, network: Any, scheduler_config: dict[str, Any]) -> None:
@@ -285,6 +287,7 @@ def load_backbone(
     own = cls is not None and not (model / INDEX).exists()
     found = cls.load(model, {}) if cls is not None and own else _load_part(cls, model, weights)
     found.source, found.license = source, license_of(model)
+    found.pipeline = None if own else model
     found.set_size(*(size or found.sample_shape[-2:]))
     if tokens is not None and tokens < 1:
         raise InputError(f"expected --tokens of 1 or more; found {tokens}")
@@ -293,10 +296,20 @@ def load_backbone(
     return found.requires_grad_(False).eval()
 
 
+def _parts(index: dict[str, Any]) -> dict[str, Any]:
+    return {name: entry[1] for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
+
+
+def pipeline_parts(model: Path) -> dict[str, str]:
+    """Parts of a pipeline directory by name -> class, as its index lists them and as far as they are there."""
+    parts = _parts(_read_json(model / INDEX, "a diffusers pipeline's model_index.json", WAY_OUT))
+    return {name: str(part) for name, part in parts.items() if part and (model / name).is_dir()}
+
+
 def _load_part(cls: type[Adapter] | None, model: Path, weights: bool) -> Adapter:
     """The network of a pipeline directory that ``cls`` serves; None: the first that any adapter serves."""
     index = _read_json(model / INDEX, "a diffusers pipeline's model_index.json", WAY_OUT)
-    parts = {name: entry[1] for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
+    parts = _parts(index)
     known, others = (families(), _registered()) if cls is None else ({cls.family: cls}, {})
     network = next((name for name, part in parts.items() if part in known or part in others), None)
     if network is None:

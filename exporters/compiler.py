@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,7 @@ class Compiled:
         prelude: the request-time part of all evaluations; None when there is none.
         size: of the network with ordinary time conditioning, as traced.
         sites: what became of each site, per realisation.
+        parts: graphs of the pipeline beside the backbone, by name.
         options: what it was asked for.
     """
 
@@ -70,12 +72,14 @@ class Compiled:
     prelude: CompiledGraph | None
     size: Size
     sites: list[dict[str, Any]]
+    parts: dict[str, CompiledGraph]
     options: Options
 
     def to_json(self) -> dict[str, Any]:
+        others = [*([self.prelude] if self.prelude else []), self.conditioned, *self.parts.values()]
         return {
             "time_conditioned": {"nodes": self.size.nodes, "parameters": self.size.parameters, "bytes": self.size.bytes},
-            "graphs": [g.to_json() for g in [*self.graphs, *([self.prelude] if self.prelude else []), self.conditioned]],
+            "graphs": [g.to_json() for g in [*self.graphs, *others]],
             "sites": self.sites,
         }
 
@@ -88,12 +92,14 @@ def compile_bundle(
     options: Options,
     report: Reporter,
     height_width: tuple[int, ...],
+    parts: Mapping[str, Callable[[], ir.Model]] = MappingProxyType({}),
 ) -> Compiled:
     """Trace, compile and write every graph below ``directory / "graphs"``.
 
     Args:
         embeddings: evaluation index -> site -> ``[1, width]``.
         height_width: a size that the graphs take; another one than the backbone's own where they are open.
+        parts: of the pipeline beside the backbone: a graph's name -> what traces it.
     """
     (directory / "graphs").mkdir()
     task = report.task("tracing", 2)
@@ -103,7 +109,7 @@ def compile_bundle(
     report.advance(task)
     time_embedding, sites = trace_time_embedding(adapter)
     report.advance(task)
-    task = report.task("compiling", 2 + len(options.realisations))
+    task = report.task("compiling", 2 + len(options.realisations) + len(parts))
     conditioned = conditioned_graph(generic, time_embedding, sites)
     requests = [request.name for request in adapter.requests]
     steps = Steps(generic, plan, embeddings, options, requests, height_width, adapter.branches)
@@ -115,7 +121,8 @@ def compile_bundle(
 
     def write(model: ir.Model, passes: list[PassReport], name: str, file: WeightFile = weights) -> CompiledGraph:
         passes = passes + run_passes(model, [Share(file)])
-        removed = [] if model is conditioned else sorted(everything - set(model.graph.initializers))
+        backbone = model is not conditioned and name not in {f"{part}.onnx" for part in parts}
+        removed = sorted(everything - set(model.graph.initializers)) if backbone else []
         refused = tensorrt.problems(model)
         counted = work.count(model, options.fixed_batch or "dynamic")
         return CompiledGraph(_write(model, directory, name), passes, removed, refused, counted)
@@ -140,8 +147,14 @@ def compile_bundle(
     only_here = WeightFile(directory / "graphs" / "conditioned.bin", parent=weights)
     written = write(conditioned, run_passes(conditioned, [Fold(), Views()]), "conditioned.onnx", only_here)
     report.advance(task, 1, "conditioned")
+    others = {}
+    for name, trace in parts.items():
+        model = trace()
+        fixed = [] if options.fixed_batch is None else [FixBatch(options.fixed_batch)]
+        others[name] = write(model, run_passes(model, [*fixed, Fold(), Views()]), f"{name}.onnx")
+        report.advance(task, 1, name)
     ordered = {name: realisations[name] for name in NAMES if name in realisations}
-    return Compiled(ordered, written, graphs, prelude, size, steps.site_report(), options)
+    return Compiled(ordered, written, graphs, prelude, size, steps.site_report(), others, options)
 
 
 def _write_table(steps: Steps, directory: Path, write: Callable[..., CompiledGraph]) -> CompiledGraph:

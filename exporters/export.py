@@ -20,15 +20,20 @@ from mteo_deploy.embeddings import EmbeddingSet
 from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.base import Adapter, load_backbone, site_dict
 from mteo_deploy.exporters.compiler import Compiled, compile_bundle
+from mteo_deploy.exporters.decoder import Decoder
 from mteo_deploy.exporters.guidance import guided
 from mteo_deploy.exporters.options import AXES, OPTIONAL, Options
+from mteo_deploy.exporters.pipeline import Pipeline, load_pipeline
+from mteo_deploy.exporters.text import TextEncoder
 from mteo_deploy.plan import Plan, default_substeps, reference_plan, run
 from mteo_deploy.progress import reporter
+from mteo_deploy.prompts import tokenise
 from mteo_deploy.realisations import NAMES
 from mteo_deploy.sampler import noise_for
 from mteo_deploy.solvers import canonical
 
-REFERENCE_SEED, REFERENCE_COUNT, OTHER_COUNT = 20260322, 4, 2
+REFERENCE_SEED, REFERENCE_COUNT, OTHER_COUNT, DECODED_COUNT = 20260322, 4, 2, 2
+REFERENCE_PROMPTS = ("A photograph of an astronaut riding a horse.", "", "two cats & 1 café, 日本")
 
 
 def pretrained_set(adapter: Adapter, steps: int, solver: str, schedule: str | None = None) -> EmbeddingSet:
@@ -46,8 +51,9 @@ def _embeddings_at(adapter: Adapter, embeddings: EmbeddingSet, index: int) -> di
     return {site.name: one.numpy() + embeddings.deltas[site.name][index : index + 1] for site, one in pairs}
 
 
-def _reference(adapter: Adapter, embeddings: EmbeddingSet, path: Path, size: tuple[int, ...]) -> None:
-    """Store noise and the torch sampler's states, for verification without torch; of another size too, where it is open."""
+def _reference(adapter: Adapter, embeddings: EmbeddingSet, pipeline: Pipeline, path: Path, size: tuple[int, ...]) -> None:
+    """Store noise and the torch sampler's states, and some of its images where the last state is latents, for verification
+    without torch; of another size too, where it is open."""
     requests = adapter.draw_requests(REFERENCE_COUNT, REFERENCE_SEED)
     others, own = adapter.sample_shape[:-2], adapter.sample_shape[-2:]
     found = _torch_trajectory(adapter, embeddings, adapter.sample_shape, requests)
@@ -55,10 +61,27 @@ def _reference(adapter: Adapter, embeddings: EmbeddingSet, path: Path, size: tup
         part = {name: values[:OTHER_COUNT] for name, values in requests.items()}
         other = _torch_trajectory(adapter, embeddings, (*others, *size), part, OTHER_COUNT)
         found |= {f"other/{name}": values for name, values in other.items()}
+    if pipeline.decoder is not None:
+        found |= _decoded(pipeline.decoder, found)
+    if pipeline.text_encoder is not None:
+        found |= _encoded(pipeline.text_encoder)
     found |= {f"request/{name}": values for name, values in requests.items()}
     path.parent.mkdir()
-    save_file({name: values.numpy() for name, values in found.items()}, path)
+    save_file({name: values.contiguous().numpy() for name, values in found.items()}, path)  # it writes what lies in memory
     path.chmod(0o644)  # safetensors writes for the owner only
+
+
+@torch.no_grad()
+def _decoded(decoder: Decoder, found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """``images`` ``[count, 3, ...]`` of the first of the last states, of each size."""
+    last = {name.removesuffix("states"): values[-1] for name, values in found.items() if name.endswith("states")}
+    return {f"{size}images": decoder(latents[:DECODED_COUNT]) for size, latents in last.items()}
+
+
+def _encoded(encoder: TextEncoder) -> dict[str, torch.Tensor]:
+    """``text/<input>`` and ``text/<output>``: token ids of fixed prompts, and what torch makes of them."""
+    ids = dict(zip(encoder.inputs, tokenise(encoder.tokenizers, REFERENCE_PROMPTS), strict=True))
+    return {f"text/{name}": torch.from_numpy(v) for name, v in {**ids, **encoder.encode(REFERENCE_PROMPTS)}.items()}
 
 
 @torch.no_grad()
@@ -103,8 +126,9 @@ def _other_size(adapter: Adapter, dynamic: Collection[str]) -> tuple[int, ...]:
     return height + steps[0], width + 2 * steps[1]
 
 
-def _versions() -> dict[str, str]:
-    packages = ("torch", "diffusers", "onnx", "onnx-ir", "onnxscript", "numpy", "safetensors")
+def _versions(pipeline: Pipeline) -> dict[str, str]:
+    packages = ["torch", "diffusers", "onnx", "onnx-ir", "onnxscript", "numpy", "safetensors"]
+    packages += ["transformers", "tokenizers"] if pipeline.text_encoder else []
     return {
         "mteo-deploy": mteo_deploy.__version__,
         "python": platform.python_version(),
@@ -112,12 +136,14 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _manifest(adapter: Adapter, embeddings: EmbeddingSet, compiled: Compiled, source: str) -> dict[str, Any]:
+def _manifest(
+    adapter: Adapter, embeddings: EmbeddingSet, pipeline: Pipeline, compiled: Compiled, source: str
+) -> dict[str, Any]:
     plan = embeddings.plan
     return {
         "schema": SCHEMA,
         "kind": "mteo-deploy bundle",
-        "versions": _versions(),
+        "versions": _versions(pipeline),
         "backbone": {
             "source": source,
             "license": adapter.license,
@@ -144,10 +170,16 @@ def _manifest(adapter: Adapter, embeddings: EmbeddingSet, compiled: Compiled, so
         "conditioned": compiled.conditioned.entry,
         "requests": [request.to_json() for request in adapter.requests],
         "prelude": compiled.prelude.entry if compiled.prelude else None,
+        "decoder": {**compiled.parts["decoder"].entry, **pipeline.decoder.to_json()} if pipeline.decoder else None,
+        "text_encoder": {**compiled.parts["text_encoder"].entry, **pipeline.text_encoder.to_json()}
+        if pipeline.text_encoder
+        else None,
+        "left_out": pipeline.left_out,
         "reference": {
             "file": "reference/reference.safetensors",
             "seed": REFERENCE_SEED,
             "count": REFERENCE_COUNT,
+            "prompts": list(REFERENCE_PROMPTS),
             "plan": _reference_plan(adapter, plan).to_json(),
         },
         "compiler": compiled.to_json(),
@@ -287,16 +319,20 @@ def export(
         )
     sites: Mapping[str, int] = site_dict(adapter.sites)
     chosen.check(adapter.fingerprint(), sites)
+    pipeline = load_pipeline(adapter)
     clock = time.monotonic()
     with reporter(quiet) as report, whole_directory(output, replace=MANIFEST) as directory:
 
         def embeddings_at(index: int) -> dict[str, np.ndarray]:
             return _embeddings_at(adapter, chosen, index)
 
-        compiled = compile_bundle(adapter, chosen.plan, embeddings_at, directory, options, report, size)
+        parts = pipeline.traces(adapter, options.dynamic)
+        compiled = compile_bundle(adapter, chosen.plan, embeddings_at, directory, options, report, size, parts)
+        if pipeline.text_encoder is not None:
+            pipeline.text_encoder.save_tokenizers(directory)
         chosen.save(directory / "embeddings.safetensors")
-        _reference(adapter, chosen, directory / "reference" / "reference.safetensors", size)
-        manifest = _manifest(adapter, chosen, compiled, "packaged" if model is None else adapter.source)
+        _reference(adapter, chosen, pipeline, directory / "reference" / "reference.safetensors", size)
+        manifest = _manifest(adapter, chosen, pipeline, compiled, "packaged" if model is None else adapter.source)
         manifest["export_seconds"] = round(time.monotonic() - clock, 2)
         write_manifest(directory, manifest)
     return Bundle.open(output)

@@ -18,7 +18,9 @@ import torch
 from onnx_ir.passes import common
 
 from mteo_deploy.exporters.base import Adapter
+from mteo_deploy.exporters.decoder import Decoder
 from mteo_deploy.exporters.slim import slim
+from mteo_deploy.exporters.text import TextEncoder
 
 OPSET = 20
 IR_VERSION = 10  # engines lag behind the exporter's newest
@@ -135,3 +137,21 @@ def trace_time_embedding(adapter: Adapter) -> tuple[ir.Model, dict[str, int]]:
     sites = {site.name: position[id(tensor)] for site, tensor in zip(adapter.sites, found, strict=True)}
     names = [f"embedding_{i}" for i in range(len(position))]
     return _export(_TimeEmbedding(adapter), (timestep,), ["timestep"], names, None), sites
+
+
+def trace_decoder(decoder: Decoder, shape: Sequence[int], dynamic: Collection[str] = ()) -> ir.Model:
+    """The decoder's graph: ``latents [batch, *shape] -> images [batch, 3, height, width]``.
+
+    Args:
+        dynamic: ``height``, ``width``: axes to leave open beside the batch.
+    """
+    axes = {0: torch.export.Dim("batch", min=1, max=63)}
+    axes |= {i: torch.export.Dim(name, min=1, max=4096) for i, name in ((2, "height"), (3, "width")) if name in dynamic}
+    return _export(decoder, (torch.zeros(2, *shape),), ["latents"], ["images"], (axes,))
+
+
+def trace_text_encoder(encoder: TextEncoder) -> ir.Model:
+    """The text encoders' graph: ``input_ids [batch, length] ...`` to the request inputs that they make."""
+    ids = [torch.zeros(2, encoder.length, dtype=torch.int64) for _ in encoder.inputs]
+    batch = {0: torch.export.Dim("batch", min=1, max=63)}
+    return _export(encoder, (ids,), encoder.inputs, encoder.outputs, ([batch] * len(ids),))

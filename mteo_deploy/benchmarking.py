@@ -66,8 +66,8 @@ class Candidate:
     def images(self, sampler: Sampler, num: int, seed: int, requests: Arrays) -> Array:
         """``num`` images, and no state kept."""
         if self.plain:
-            return sampler.conditioned(self.bundle.plan, num, seed, PER_CALL, requests=requests)
-        return sampler(num, seed, PER_CALL, requests=requests)
+            return sampler.conditioned(self.bundle.plan, num, seed, PER_CALL, requests=requests, latents=True)
+        return sampler(num, seed, PER_CALL, requests=requests, latents=True)
 
     def sampling(self, sampler: Sampler, batch: int, seed: int) -> Callable[[], object]:
         """One batch from noise to images, to be timed."""
@@ -200,7 +200,9 @@ def _errors(candidates: Sequence[Candidate], num: int, seed: int, report: Report
     )
     plan, requests = source.bundle.reference_plan, source.bundle.reference_requests(num)
     task = report.task("reference trajectory", num)
-    expected = source.open().conditioned(plan, num, seed, PER_CALL, lambda count: report.advance(task, count), requests)
+    expected = source.open().conditioned(
+        plan, num, seed, PER_CALL, lambda count: report.advance(task, count), requests, latents=True
+    )
     task, errors = report.task("errors", len(candidates)), []
     for candidate in candidates:
         errors.append(relative_error(candidate.images(candidate.open(), num, seed, requests), expected))

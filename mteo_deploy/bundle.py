@@ -104,7 +104,12 @@ class Bundle:
         if missing:
             raise BundleError(f"{path / MANIFEST} lacks {', '.join(missing)}; export again")
         bundle = cls(path, manifest)
-        for used in [*(entry["graph"] for entry in bundle.graphs), *bundle.tables, manifest["reference"]["file"]]:
+        for used in [
+            *(entry["graph"] for entry in bundle.graphs),
+            *bundle.tables,
+            *bundle.tokenizers,
+            manifest["reference"]["file"],
+        ]:
             if used not in files:
                 raise BundleError(f"{path}: no hash covers {used}; export again")
         for name, size, digest in entries:
@@ -181,8 +186,30 @@ class Bundle:
     def graphs(self) -> list[dict[str, Any]]:
         """Every graph: ``graph`` (file), ``inputs`` and ``outputs`` (tensor names, in order)."""
         entries = [entry for one in self.realisations.values() for entry in (one if isinstance(one, list) else [one])]
-        prelude = self.manifest.get("prelude")
-        return [*entries, self.manifest["conditioned"], *([prelude] if prelude else [])]
+        others = [self.manifest.get("prelude"), self.decoder, self.text_encoder]
+        return [*entries, self.manifest["conditioned"], *(entry for entry in others if entry)]
+
+    @property
+    def decoder(self) -> dict[str, Any] | None:
+        """The VAE's decoder: its graph as in :attr:`graphs`, and its ``class``, ``channels``, ``scale`` of sizes and
+        ``parameters``; None for a backbone whose samples are images, and for a pipeline whose VAE is not in the bundle."""
+        found: dict[str, Any] | None = self.manifest.get("decoder")
+        return found
+
+    @property
+    def text_encoder(self) -> dict[str, Any] | None:
+        """What makes request inputs of prompts: its graph as in :attr:`graphs`, whose inputs are token ids and whose outputs
+        request inputs, its ``tokenizers`` and the ``length`` they pad to; ``scale`` and ``zero_negative`` as
+        :func:`mteo_deploy.prompts.request_inputs` takes them; None for a bundle without."""
+        found: dict[str, Any] | None = self.manifest.get("text_encoder")
+        return found
+
+    def image_shape_at(self, size: tuple[int, int] | None) -> tuple[int, ...]:
+        """Shape of one image of :meth:`shape_at`: that of a sample, decoded where the bundle has a decoder."""
+        shape = self.shape_at(size)
+        if self.decoder is None:
+            return shape
+        return (self.decoder["channels"], *(n * self.decoder["scale"] for n in shape[1:]))
 
     @cached_property
     def requests(self) -> tuple[Request, ...]:
@@ -195,6 +222,11 @@ class Bundle:
             return {}
         stored = self._arrays(self.manifest["reference"]["file"], "reference")
         return {r.name: np.resize(stored[f"request/{r.name}"], (count, *r.shape)) for r in self.requests}
+
+    @property
+    def tokenizers(self) -> list[str]:
+        """The files of the text encoder's tokenizers; none without one."""
+        return list(self.text_encoder["tokenizers"]) if self.text_encoder else []
 
     @property
     def tables(self) -> list[str]:

@@ -105,7 +105,7 @@ def evaluate(
         raise InputError(f"expected --num of 2 or more, --batch of 1 or more and a seed; found {num}, {batch}, {list(seeds)}")
     opened, network = Bundle.open(bundle), features_of(features)
     given = read_requests(Path(requests)) if isinstance(requests, (Path, str)) else requests
-    real = statistics(Path(data), opened.sample_shape, network, batch)
+    real = statistics(Path(data), opened.image_shape_at(None), network, batch)
     with Sampler.load(opened.path, engine=engine, device=device, realisation=realisation) as sampler, reporter(quiet) as report:
         ways = _ways(sampler)
         runs = [_run(sampler, ways, network, real, num, seed, batch, given, report) for seed in seeds]
@@ -175,7 +175,7 @@ def _run(
         noise, part = noise_for(shape, seed, rows), {name: values[start : rows.stop] for name, values in requests.items()}
         reference: Array | None = None
         for name, (_, draw) in ways.items():
-            found = draw(noise, part)
+            found = sampler.decode(draw(noise, part))
             if not np.isfinite(found).all():
                 raise EngineError(f"expected finite images of {name}; found NaN or infinity; run: mteo-deploy verify BUNDLE")
             found = found.clip(-1, 1)

@@ -66,6 +66,8 @@ def inspect(path: Path | str) -> dict[str, Any]:
         "batches": bundle.batches,
         "dynamic": manifest.get("dynamic", []),
         "requests": [request.to_json() for request in bundle.requests],
+        "decoder": bundle.decoder,
+        "text_encoder": bundle.text_encoder,
         "plan": _plan(bundle.plan),
         "compiler": manifest["compiler"],
         "files": {name: entry["bytes"] for name, entry in manifest["files"].items()},

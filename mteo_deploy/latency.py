@@ -224,3 +224,9 @@ def compare(a: Callable[[], object], b: Callable[[], object], *, seconds: float 
         a_times=tuple(table[:, 0].tolist()),
         b_times=tuple(table[:, 1].tolist()),
     )
+
+
+def share(part: Callable[[], object], rest: Callable[[], object], *, seconds: float = 1.0) -> dict[str, float]:
+    """What a part takes of itself and the rest, interleaved: ``milliseconds``, ``loop_milliseconds`` of the rest, ``share``."""
+    ours, others = interleave([part, rest], seconds=seconds).medians
+    return {"milliseconds": ours, "loop_milliseconds": others, "share": ours / (ours + others)}

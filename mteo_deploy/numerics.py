@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mteo_deploy.plan import Plan
+from mteo_deploy.prompts import open_tokenizers, tokenise
 from mteo_deploy.realisations import Stepwise
 from mteo_deploy.sampler import Sampler
 
@@ -175,11 +177,11 @@ def canaries(sampler: Sampler, tolerance: float, batch: int = 4) -> list[Check]:
     again after that, after another seed and after another batch size.
     """
     requests = sampler.bundle.reference_requests(batch)
-    images = sampler(num=batch, seed=11, batch=batch, requests=requests)
-    others = sampler(num=batch, seed=12, batch=batch, requests=requests)
-    single = sampler(num=batch, seed=11, batch=1, requests=requests)
-    beside = sampler.reopen()(num=batch, seed=11, batch=batch, requests=requests)
-    again = sampler(num=batch, seed=11, batch=batch, requests=requests)
+    images = sampler(num=batch, seed=11, batch=batch, requests=requests, latents=True)
+    others = sampler(num=batch, seed=12, batch=batch, requests=requests, latents=True)
+    single = sampler(num=batch, seed=11, batch=1, requests=requests, latents=True)
+    beside = sampler.reopen()(num=batch, seed=11, batch=batch, requests=requests, latents=True)
+    again = sampler(num=batch, seed=11, batch=batch, requests=requests, latents=True)
     with np.errstate(invalid="ignore", over="ignore"):  # infinite images fail below, by name
         spread = float(images.reshape(batch, -1).std(axis=1).min())
     bad = int((~np.isfinite(images)).sum())
@@ -205,6 +207,51 @@ def canaries(sampler: Sampler, tolerance: float, batch: int = 4) -> list[Check]:
             f"relative difference between batch {batch} and batch 1 {by_batch:.1e} (allowed {tolerance:.0e})",
         ),
     ]
+
+
+def decoder_checks(sampler: Sampler, tolerance: float) -> list[Check]:
+    """The decoder, of the reference's own last states against torch's images, at every size stored; of what the engine sampled,
+    that its images are finite. Nothing for a bundle without one."""
+    if sampler.bundle.decoder is None:
+        return []
+    reference, checks = sampler.bundle.reference(), []
+    for size in [name.removesuffix("images") for name in reference if name.endswith("images")]:
+        expected = reference[f"{size}images"]
+        found = sampler.decode(reference[f"{size}states"][-1][: len(expected)])
+        error = relative_error(found, expected)
+        detail = f"relative error of the decoder's images {error:.1e} (allowed {tolerance:.0e})"
+        if not error <= tolerance:
+            detail += f"; most of it in {worst_place(found, expected)}"
+        name = "decoder" if not size else "decoder, size " + "x".join(map(str, expected.shape[2:]))
+        checks.append(Check(name, error <= tolerance, detail, _finite([error]), tolerance))
+    bad = _not_finite(sampler)
+    return [*checks, Check("decoder finite", bad == 0, f"{bad} values of the decoder's images are NaN or infinite")]
+
+
+def text_checks(sampler: Sampler, tolerance: float) -> list[Check]:
+    """The text encoder, of torch's token ids, against what torch made of them; the ids too where tokenizers is installed."""
+    entry = sampler.bundle.text_encoder
+    if entry is None:
+        return []
+    reference = sampler.bundle.reference()
+    ids = [reference[f"text/{name}"].astype(np.int64) for name in entry["inputs"]]
+    found = sampler.encode(ids)
+    errors = {name: relative_error(found[name], reference[f"text/{name}"]) for name in entry["outputs"]}
+    worst = max(errors, key=errors.__getitem__)
+    detail = f"relative error of {worst} {errors[worst]:.1e} (allowed {tolerance:.0e})"
+    checks = [Check("text encoder", errors[worst] <= tolerance, detail, _finite([errors[worst]]), tolerance)]
+    if find_spec("tokenizers") is None:
+        return checks
+    again = tokenise(open_tokenizers(sampler.bundle), sampler.bundle.manifest["reference"]["prompts"])
+    other = sum(int((a != b).sum()) for a, b in zip(ids, again, strict=True))
+    return [*checks, Check("tokenizer", other == 0, f"{other} token ids differ from those where the bundle was made")]
+
+
+def _not_finite(sampler: Sampler) -> int:
+    """Of the decoder's output for what the engine samples; what is not finite in the last state already is not its fault."""
+    requests = sampler.bundle.reference_requests(1)
+    states = sampler(num=1, seed=11, batch=1, requests=requests, latents=True)
+    return int((~np.isfinite(sampler.decode(np.nan_to_num(states, nan=0.0, posinf=0.0, neginf=0.0)))).sum())
 
 
 def seed_check(sampler: Sampler) -> Check:

@@ -22,7 +22,8 @@ class Report:
 
     Attributes:
         checks: numbers, canaries, budgets and comparison with an older report, each passed or not.
-        latency: ``step``: the evaluations against the conditioned ones; ``sample``: the whole loop; ``loop``: the whole loop
+        latency: ``decoder``: as :func:`mteo_deploy.latency.share` gives it, for a bundle with one; ``step``: the
+            evaluations against the conditioned ones; ``sample``: the whole loop; ``loop``: the whole loop
             against its own engine calls; each with the times of its pairs in milliseconds; ``waterfall``: one sampling, as
             :func:`mteo_deploy.waterfall.record` gives it; ``doubts``: why the times are not to be trusted.
         environment: versions, machine and options it was found with.
@@ -97,6 +98,11 @@ class Report:
             f"(medians of {step['pairs']} and {sample['pairs']} interleaved pairs, 95 % intervals)",
             f"sampling loop / its engine calls: {ratio(loop)}",
         ]
+        if decoder := self.latency.get("decoder"):
+            lines.append(
+                f"decoder: {decoder['milliseconds']:.2f} ms, {decoder['share']:.0%} of a whole sampling with it (the loop "
+                f"{decoder['loop_milliseconds']:.2f} ms)"
+            )
         if self.latency["doubts"]:
             lines.append(f"times marked unreliable: {'; '.join(self.latency['doubts'])}")
         return lines

@@ -6,6 +6,7 @@ it was made with.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,12 +16,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mteo_deploy import latency
 from mteo_deploy.bundle import Bundle
 from mteo_deploy.engines.base import OpenGraph, Session
 from mteo_deploy.engines.batches import BatchSizes
 from mteo_deploy.engines.device import Device, Value, Values, device_of
 from mteo_deploy.errors import EngineError, InputError
 from mteo_deploy.plan import Plan, run
+from mteo_deploy.prompts import Texts, open_tokenizers, request_inputs, tokenise
 from mteo_deploy.realisations import Loop, Prelude, Stepwise, open_loop
 from mteo_deploy.requests import Arrays, take_all
 
@@ -28,6 +31,11 @@ if TYPE_CHECKING:
     from mteo_deploy.engines.cache import Built
 
 Array = NDArray[np.float32]
+DECODED_AT_ONCE = 1 << 20
+"""Pixels that a decoder of open batch size is given in one call, if they are of several images: its activations are hundreds of
+times as large."""
+PROMPTS_AT_ONCE = 16
+"""Prompts that a text encoder is given in one call."""
 
 
 def noise_for(shape: tuple[int, ...], seed: int, indices: Sequence[int]) -> Array:
@@ -91,7 +99,7 @@ class Sampler:
             sessions.append(session if batch == "dynamic" else BatchSizes({batch: session}))
             return sessions[-1]
 
-        self._conditioned: Session | None = None
+        self._others: dict[str, Session] = {}
         loop, prelude = open_loop(realisation, bundle, opened, tables), Prelude(bundle, opened)
         device = device_of(sessions[0])
         states, image = (device.record(partial(function, prelude, loop)) for function in (_states, _image))
@@ -105,7 +113,7 @@ class Sampler:
 
     def close(self) -> None:
         """Free the engine's sessions and what they hold; closing it again does nothing."""
-        opened, self._opened, self._conditioned = self._opened, None, None
+        opened, self._opened, self._others = self._opened, None, {}
         while opened and opened.sessions:
             opened.sessions.pop().close()
 
@@ -245,6 +253,9 @@ class Sampler:
         progress: Callable[[int], None] | None = None,
         requests: Mapping[str, Any] | None = None,
         size: tuple[int, int] | None = None,
+        latents: bool = False,
+        prompt: Texts | None = None,
+        negative_prompt: Texts | None = None,
     ) -> Array:
         """Sample ``num`` images; image ``i`` depends on ``(seed, i)`` and its own request inputs only.
 
@@ -253,16 +264,42 @@ class Sampler:
             progress: called with the number of images finished.
             requests: what the backbone wants beside the noise, e.g. ``{"class_labels": [3]}``: one value, or one
                 per image.
-            size: height and width, where the bundle leaves them open; None for the backbone's own.
+            size: height and width of the state, where the bundle leaves them open; None for the backbone's own.
+            latents: leave the last states as they are where the bundle could decode them.
+            prompt, negative_prompt: for a bundle with a text encoder: one text for all images, or one for each. ``requests``
+                then has what they do not make.
 
         Returns:
             float32 ``[num, channels, height, width]``, nominally in [-1, 1]; of videos ``[num, frames, channels, ...]``.
 
         Raises:
-            InputError: for a count, seed, batch, size or request input out of range.
+            InputError: for a count, seed, batch, size or request input out of range, or prompts that the bundle does not take.
             EngineError: for a sampler that was closed.
         """
-        return self._batches(num, seed, batch, self.image, progress, requests, size)
+        if prompt is None and negative_prompt is not None:
+            raise InputError("expected --negative-prompt with --prompt; found no --prompt")
+        if prompt is not None:
+            made = self._prompted(prompt, negative_prompt, num, size)
+            if twice := sorted(made.keys() & (requests or {}).keys() - {"time_ids"}):
+                raise InputError(f"expected {', '.join(twice)} from --prompt or --requests; found both; leave one out")
+            requests = {**made, **(requests or {})}
+        return self._batches(num, seed, batch, self.image, progress, requests, size, latents)
+
+    def decode(self, states: Array) -> Array:
+        """Images of the last states: decoded where the bundle has a decoder, else the states themselves.
+
+        An image counts on its own, so that those of one call may be decoded in parts (:data:`DECODED_AT_ONCE`).
+
+        Raises:
+            EngineError: for states that the decoder does not take, or of a sampler that was closed.
+        """
+        if self.bundle.decoder is None:
+            return states
+        decoder = self._other("decoder")
+        pixels = math.prod(states.shape[2:]) * self.bundle.decoder["scale"] ** 2
+        at_once = len(states) if isinstance(decoder, BatchSizes) else max(1, DECODED_AT_ONCE // pixels)
+        parts = [states[i : i + at_once] for i in range(0, len(states), at_once)]
+        return np.concatenate([np.asarray(decoder.run({"latents": part})[0]) for part in parts])
 
     def conditioned(
         self,
@@ -273,13 +310,14 @@ class Sampler:
         progress: Callable[[int], None] | None = None,
         requests: Mapping[str, Any] | None = None,
         size: tuple[int, int] | None = None,
+        latents: bool = False,
     ) -> Array:
         """Sample with any plan on the same backbone with ordinary time conditioning, same noise, same engine."""
 
         def images(noise: Array, given: Arrays) -> Array:
             return self.conditioned_states(plan, noise, given)[-1]
 
-        return self._batches(num, seed, batch, images, progress, requests, size)
+        return self._batches(num, seed, batch, images, progress, requests, size, latents)
 
     def conditioned_states(self, plan: Plan, noise: Array, requests: Arrays | None = None) -> Sequence[Array]:
         session, given = self.conditioned_session, requests or {}
@@ -290,21 +328,50 @@ class Sampler:
 
         return run(plan, noise, network)
 
+    def decoder_share(self, noise: Array, requests: Arrays, seconds: float) -> dict[str, float]:
+        """What decoding takes of a whole sampling, as :func:`mteo_deploy.latency.share` gives it; empty without a decoder."""
+        if self.bundle.decoder is None:
+            return {}
+        last = self.image(noise, requests)
+        return latency.share(lambda: self.decode(last), lambda: self.image(noise, requests), seconds=seconds)
+
     @property
     def conditioned_session(self) -> Session:
-        if self._conditioned is None:
-            self._conditioned = self.open_graph(self.bundle.manifest["conditioned"]["graph"])
-        return self._conditioned
+        return self._other("conditioned")
+
+    def _other(self, name: str) -> Session:
+        """A graph beside the loop's, by its name in the manifest; opened when first asked for."""
+        if name not in self._others:
+            self._others[name] = self.open_graph(self.bundle.manifest[name]["graph"])
+        return self._others[name]
+
+    def encode(self, ids: Sequence[NDArray[np.int64]]) -> dict[str, Array]:
+        """Request inputs by name of token ids ``[count, length]``, one array for each input of the bundle's text encoder."""
+        entry, parts = self.bundle.manifest["text_encoder"], []
+        for start in range(0, len(ids[0]), PROMPTS_AT_ONCE):
+            part = [one[start : start + PROMPTS_AT_ONCE] for one in ids]
+            parts.append(self._other("text_encoder").run(dict(zip(entry["inputs"], part, strict=True))))
+        return {name: np.concatenate(values) for name, values in zip(entry["outputs"], zip(*parts, strict=True), strict=True)}
+
+    def _prompted(self, prompt: Texts, negative: Texts | None, num: int, size: tuple[int, int] | None) -> dict[str, Any]:
+        tokenizers, bundle = open_tokenizers(self.bundle), self.bundle
+
+        def encode(texts: Sequence[str]) -> dict[str, Array]:
+            return self.encode(tokenise(tokenizers, texts))
+
+        shape = bundle.shape_at(size)[-2:]
+        return request_inputs(bundle.manifest["text_encoder"], bundle.requests, encode, prompt, negative, num, shape)
 
     def _batches(
         self,
         num: int,
         seed: int,
         batch: int,
-        images_from: Callable[[Array, Arrays], Array],
+        states_from: Callable[[Array, Arrays], Array],
         progress: Callable[[int], None] | None,
         requests: Mapping[str, Any] | None,
         size: tuple[int, int] | None,
+        latents: bool,
     ) -> Array:
         if num < 1 or batch < 1:
             raise InputError(f"expected --num and --batch of 1 or more; found {num} and {batch}")
@@ -313,7 +380,8 @@ class Sampler:
         for start in range(0, num, batch):
             indices = range(start, min(start + batch, num))
             part = {name: values[start : indices.stop] for name, values in given.items()}
-            chunks.append(images_from(noise_for(shape, seed, indices), part))
+            states = states_from(noise_for(shape, seed, indices), part)
+            chunks.append(states if latents else self.decode(states))
             if progress:
                 progress(len(indices))
         return np.concatenate(chunks)

@@ -28,6 +28,7 @@ def measure(sampler: Sampler, batch: int, seconds: float) -> dict[str, Any]:
 
     ``step`` compares the engine calls alone (ours compute the solver's update too), ``sample`` the whole sampling loops
     (the ordinary one computes its update in numpy), ``loop`` our loop with its own engine calls. ``waterfall`` is one sampling.
+    A decoder is part of none of them: ``decoder`` has its time beside the loop's.
     """
     plan = sampler.plan
     noise = noise_for(sampler.bundle.sample_shape, 0, range(batch))
@@ -49,6 +50,7 @@ def measure(sampler: Sampler, batch: int, seconds: float) -> dict[str, Any]:
     )
     loop = latency.compare(lambda: sampler.image(noise, given), calls, seconds=seconds / 3)
     found = {"step": step, "sample": sample, "loop": loop}
+    decoder = sampler.decoder_share(noise, given, seconds / 6)
     doubts = [f"{name}: {doubt}" for name, one in found.items() for doubt in one.doubts]
     return {
         "batch": batch,
@@ -56,6 +58,7 @@ def measure(sampler: Sampler, batch: int, seconds: float) -> dict[str, Any]:
         "evaluations": len(plan.evaluations),
         "doubts": doubts,
         "waterfall": waterfall.record(sampler, noise, given, seconds=seconds / 10),
+        **({"decoder": decoder} if decoder else {}),
         **{name: one.to_json(ratios=True) for name, one in found.items()},
     }
 
@@ -134,6 +137,8 @@ def verify(
         "evaluations": lambda: numerics.evaluation_checks(sampler, tolerance["evaluation"]),
         "trajectory": lambda: [numerics.trajectory_check(sampler, tolerance["trajectory"])],
         "other size": lambda: numerics.size_checks(sampler, tolerance["trajectory"]),
+        "text encoder": lambda: numerics.text_checks(sampler, tolerance["evaluation"]),
+        "decoder": lambda: numerics.decoder_checks(sampler, tolerance["evaluation"]),
         "canaries": lambda: numerics.canaries(sampler, tolerance["batch"]),
     }
     asked: dict[str, tuple[bool, Callable[[], Any]]] = {  # by the report's fields

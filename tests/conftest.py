@@ -176,3 +176,31 @@ def history_sampler(tiny_history_bundle: Path) -> Sampler:
 def bundle_copy(tiny_bundle: Path, tmp_path: Path) -> Path:
     """A built copy of ``tiny_bundle`` to be altered."""
     return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture(scope="session")
+def pipeline_model(once: Once) -> Path:
+    """A whole text-to-image pipeline, small and random: UNet, VAE, CLIP text encoder and its tokenizer."""
+    from pipelines import add_part, add_text, random_vae
+    from test_unet2d_condition import random_unet, save
+
+    def make(directory: Path) -> None:
+        torch.manual_seed(0)
+        directory.mkdir()
+        save(directory, random_unet())
+        add_part(directory, "vae", random_vae())
+        add_text(directory)
+
+    return once("pipeline", make)
+
+
+@pytest.fixture(scope="session")
+def pipeline_bundle(once: Once, pipeline_model: Path) -> Path:
+    """Its bundle: one evaluation under guidance of 3, open sizes, built in ONNX Runtime."""
+
+    def make(directory: Path) -> None:
+        options: dict[str, Any] = {"dynamic": ("batch", "height", "width"), "realisations": ["baked"], "guidance_scale": 3.0}
+        made = export(directory, model=pipeline_model, steps=1, plain=True, quiet=True, **options)
+        build(made, engine="onnxruntime", threads=1, seconds=0.1, quiet=True)
+
+    return once("text-to-image", make)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from mteo_deploy.embeddings import EmbeddingSet
 from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.base import Adapter, load_backbone
 from mteo_deploy.exporters.guidance import guided
+from mteo_deploy.exporters.text import prompt_requests
 from mteo_deploy.plan import reference_plan
 from mteo_deploy.progress import reporter
 from mteo_deploy.requests import Arrays, draw_all, read
@@ -37,7 +39,7 @@ def _requests(adapter: Adapter, requests: Path | str | Arrays | None) -> Arrays 
     if requests is None and wanted:
         raise InputError(
             f"expected values of {', '.join(wanted)} to learn from (prompt embeddings, say); pass --requests FILE, an npz with "
-            "an array [rows, ...] for each"
+            "an array [rows, ...] for each, or --prompts FILE"
         )
     found = read(Path(requests)) if isinstance(requests, (Path, str)) else requests
     if found is not None:
@@ -83,6 +85,7 @@ def distill(
     device: str | None = None,
     guidance_scale: float | None = None,
     null_class: int | None = None,
+    prompts: Path | str | Sequence[str] | None = None,
     quiet: bool = False,
 ) -> EmbeddingSet:
     """Learn an embedding set and write it to ``output``.
@@ -106,6 +109,8 @@ def distill(
         device: ``cpu`` or ``cuda``; None for what torch has.
         guidance_scale: of classifier-free guidance, in the reference trajectories as in what is learned; None for none.
         null_class: the label of no class, where the backbone does not know its own.
+        prompts: in place of ``requests``, for a pipeline with CLIP text encoders: a file with a prompt on each line, or the
+            texts; under guidance the negative branch gets the empty prompt (SDXL: zeros, where the pipeline says so).
 
     Returns:
         The set; its ``training`` holds the parameters trained, the time, and the error before and after.
@@ -122,7 +127,9 @@ def distill(
     adapter = guided(loaded, guidance_scale, null_class)
     plan = adapter.compile_plan(steps, solver, schedule)
     fingerprint = adapter.fingerprint()
-    given = _requests(adapter, requests)
+    if prompts is not None and requests is not None:
+        raise InputError("expected --prompts or --requests; found both; leave one out")
+    given = _requests(adapter, requests if prompts is None else prompt_requests(adapter, prompts))
     adapter.to(processes.device)
     student = Student(adapter, plan, recipe)
     begun = _record(init, student)
