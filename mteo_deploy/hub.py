@@ -89,7 +89,7 @@ def push(bundle: Path | str, repository: str, *, private: bool = False, revision
             folder_path=staged,
             revision=revision,
             commit_message=f"{len(opened.plan.evaluations)} evaluations, {opened.plan.solver}",
-            delete_patterns=["graphs/*", "reference/*"],
+            delete_patterns=["graphs/*", "reference/*", "tokenizers/*"],
         )
     return str(made)
 
