@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.base import INDEX, Adapter, pipeline_parts
 from mteo_deploy.prompts import request_inputs, tokenise
-from mteo_deploy.requests import Request
+from mteo_deploy.requests import GUIDANCE_SCALE, NEGATIVE, Request
 
 KINDS = {
     ("encoder_hidden_states",): {"text_encoder": "CLIPTextModel"},
@@ -99,7 +99,7 @@ def load_text_encoder(adapter: Adapter) -> TextEncoder | str | None:
     """
     parts = {} if adapter.pipeline is None else pipeline_parts(adapter.pipeline)
     found = {name: part for name, part in parts.items() if name.startswith("text_encoder")}
-    own = tuple(r.name for r in adapter.requests if not r.name.startswith("negative_") and r.name != "guidance_scale")
+    own = tuple(r.name for r in adapter.requests if not r.name.startswith((NEGATIVE, GUIDANCE_SCALE)))
     if adapter.pipeline is None or not found:
         return None
     if found != KINDS.get(own):
