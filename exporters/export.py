@@ -312,11 +312,6 @@ def export(
     name = adapter.source if isinstance(model, Adapter) else model
     chosen = _choose(name, embeddings, steps, solver, schedule, plain, adapter)
     adapter = guided(adapter, *_guidance(chosen, plain, guidance_scale, null_class))
-    if adapter.branches > 1 and {"height", "width"} & set(dynamic):
-        raise InputError(
-            "expected fixed height and width under guidance: graphs with these open take their shapes from request inputs, not "
-            f"supported yet; found --dynamic {','.join(dynamic)}; leave height and width out"
-        )
     sites: Mapping[str, int] = site_dict(adapter.sites)
     chosen.check(adapter.fingerprint(), sites)
     pipeline = load_pipeline(adapter)
