@@ -200,7 +200,7 @@ class Steps:
 
 
 def random_feeds(model: ir.Model, size: tuple[int, ...] = ()) -> dict[str, NDArray[Any]]:
-    """A value for every input: standard normal floats, integers of zero.
+    """A value for every input: standard normal floats, integers of zero, masks that hide nothing.
 
     Args:
         size: for the third and fourth dimension where they are open; every other open dimension is 2.
@@ -209,8 +209,11 @@ def random_feeds(model: ir.Model, size: tuple[int, ...] = ()) -> dict[str, NDArr
     generator, feeds = np.random.default_rng(0), {}
     for value in model.graph.inputs:
         shape = [d if isinstance(d, int) else opened[axis] for axis, d in enumerate(value.shape or ())]
-        floats = value.dtype == ir.DataType.FLOAT
-        feeds[value.name or ""] = generator.standard_normal(shape, np.float32) if floats else np.zeros(shape, np.int64)
+        if value.dtype == ir.DataType.FLOAT:
+            feeds[value.name or ""] = generator.standard_normal(shape, np.float32)
+        else:
+            mask = value.dtype == ir.DataType.BOOL
+            feeds[value.name or ""] = np.ones(shape, np.bool_) if mask else np.zeros(shape, np.int64)
     return feeds
 
 
