@@ -213,14 +213,24 @@ def families() -> dict[str, type[Adapter]]:
     from mteo_deploy.exporters.unet2d import UNet2DAdapter
     from mteo_deploy.exporters.unet2d_condition import UNet2DConditionAdapter
 
-    adapters: tuple[type[Adapter], ...] = (UNet2DAdapter, UNet2DConditionAdapter, DiTAdapter)
-    adapters += (PixArtAdapter, SD3Adapter, FluxAdapter)
-    adapters += (QwenImageAdapter, AuraFlowAdapter, Lumina2Adapter, CogVideoXAdapter, SanaAdapter)
+    adapters: tuple[type[Adapter], ...] = (
+        UNet2DAdapter,
+        UNet2DConditionAdapter,
+        DiTAdapter,
+        PixArtAdapter,
+        SD3Adapter,
+        FluxAdapter,
+        QwenImageAdapter,
+        AuraFlowAdapter,
+        Lumina2Adapter,
+        CogVideoXAdapter,
+        SanaAdapter,
+    )
     return {adapter.family: adapter for adapter in adapters}
 
 
 INDEX = "model_index.json"
-WAY_OUT = "pass a directory written by `DDPMPipeline.save_pretrained`"
+WAY_OUT = "pass a directory that a diffusers pipeline's `save_pretrained` wrote, or ORG/NAME of the Hub"
 GROUP = "mteo_deploy.adapters"
 """Entry points of other packages' adapters: network class name -> ``package.module:Class``."""
 
