@@ -1,0 +1,1 @@
+"""One file for each verb: its options, and how its result is printed."""

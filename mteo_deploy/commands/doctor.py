@@ -1,0 +1,33 @@
+"""``mteo-deploy doctor``."""
+
+from __future__ import annotations
+
+import click
+
+from mteo_deploy.commands.common import emit, json_option, verb
+
+
+@click.command()
+@json_option
+@verb
+def doctor(as_json: bool) -> None:
+    """Which engines are here, what they can do, and how to install the others.
+
+    Example:  mteo-deploy doctor
+    """
+    from mteo_deploy.engines import doctor as run
+
+    found = run()
+    if as_json:
+        emit(found)
+        return
+    for entry in found:
+        if "problem" in entry:
+            click.echo(f"{entry['engine']}: {entry['problem']}")
+            continue
+        click.echo(f"{entry['engine']} {entry['version']}: {', '.join(entry['precisions'])}")
+        for device in entry["devices"]:
+            click.echo(f"  {device}: {entry['machine'][device]}")
+        for name, option in entry["options"].items():
+            default = "the engine's choice" if option["default"] is None else option["default"]
+            click.echo(f"  --option {name}={option['takes']} [default: {default}]: {option['help']}")

@@ -1,0 +1,117 @@
+"""``mteo-deploy export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mteo_deploy.commands.common import (
+    PATH,
+    backbone_options,
+    emit,
+    integers,
+    json_option,
+    null_class_option,
+    open_backbone,
+    quiet_option,
+    show_table,
+    split_names,
+    verb,
+)
+
+
+@click.command()
+@click.option("--steps", type=int, help="Step count [default: the embedding set's own; 4 for the packaged ones].")
+@click.option("--solver", help="Which packaged set, or the plain solver [default: the set's own; euler].")
+@backbone_options
+@click.option("--embeddings", type=PATH, help="Embedding set made by distill [default: the packaged one].")
+@click.option("--plain", is_flag=True, help="Pretrained embeddings, nothing learned: the plain solver.")
+@click.option("--schedule", help="Time points of the plain solver, as in distill [default: the backbone's].")
+@click.option("--guidance-scale", type=float, help="With --plain: classifier-free guidance [default: the set's own, or none].")
+@null_class_option
+@click.option("--realisation", "realisations", multiple=True, help="baked, table or fused; repeatable [default: all].")
+@click.option("--dynamic", help="Axes left open, of batch,height,width [default: batch, unless --batch is one size].")
+@click.option("--batch", help="One size: the only one. Several, by comma: the batch stays open, build compiles for these.")
+@click.option("--passes", default="absorb,hoist", show_default=True, help="Optional compiler passes, by comma; '' for none.")
+@click.option("--dump-after", metavar="PASS", help="Leave each step graph after PASS in OUTPUT.after-PASS/.")
+@click.option("-o", "--output", type=PATH, default=Path("bundle"), show_default=True, help="Bundle directory to write.")
+@json_option
+@quiet_option
+@verb
+def export(
+    model: Path | None,
+    adapter: str | None,
+    size: str | None,
+    tokens: int | None,
+    as_json: bool,
+    quiet: bool,
+    output: Path,
+    realisations: tuple[str, ...],
+    passes: str,
+    dynamic: str | None,
+    batch: str | None,
+    **options: Any,
+) -> None:
+    """Bake an embedding set into one ONNX graph per evaluation: a bundle.
+
+    \b
+    Example:  mteo-deploy export --steps 4 -o bundle
+              mteo-deploy export --steps 4 --batch 1,4,16 -o bundle
+              mteo-deploy export --steps 4 --dynamic batch,height,width -o bundle
+    """
+    from mteo_deploy.exporters.export import export as run
+
+    options |= {"realisations": realisations} if realisations else {}
+    options["dynamic"] = None if dynamic is None else split_names(dynamic)
+    options["batch"] = [] if batch is None else integers("--batch", batch)
+    options["model"] = open_backbone(model, adapter, size, tokens)
+    bundle = run(output, passes=split_names(passes), quiet=quiet or as_json, **options)
+    compiler = bundle.manifest["compiler"]
+    if as_json:
+        emit({"bundle": str(output), "seconds": bundle.manifest["export_seconds"], "compiler": compiler})
+        return
+    before = compiler["time_conditioned"]
+    rows = [["time-conditioned", f"{before['nodes']}", f"{before['parameters']:,}", f"{before['bytes']:,}", ""]]
+    for graph in compiler["graphs"]:
+        after = graph["passes"][-1]["after"]
+        rows.append(
+            [
+                graph["graph"],
+                f"{after['nodes']}",
+                f"{after['parameters']:,}",
+                f"{after['bytes']:,}",
+                f"{len(graph['removed_weights'])}",
+            ]
+        )
+    show_table("", ["graph", "nodes", "parameters", "bytes", "weights folded away"], rows)
+    total = sum(entry["bytes"] for entry in bundle.manifest["files"].values())
+    click.echo(f"sites: {_sites_line(compiler['sites'])}")
+    refused = [f"{graph['graph']}: {problem}" for graph in compiler["graphs"] for problem in graph["tensorrt"]]
+    click.echo(
+        f"TensorRT would refuse: {'; '.join(refused)}" if refused else "TensorRT's parser has every operator and type used"
+    )
+    click.echo(
+        f"{output}: {len(bundle.plan.evaluations)} evaluations, {', '.join(bundle.realisations)}, {total / 1e6:.2f} MB, "
+        f"{bundle.manifest['export_seconds']:.1f} s"
+    )
+    for part, why in bundle.manifest["left_out"].items():
+        click.echo(f"no {part} in the bundle: {why}")
+    click.echo(f"next: mteo-deploy build {output}")
+
+
+ABSORBED = ("rule", "merged")
+"""How a detail of the site report begins where the constant is part of a layer now."""
+
+
+def _sites_line(sites: list[dict[str, Any]]) -> str:
+    """Per realisation, how many sites' constants are in a layer's own parameters, and why the others are not."""
+    parts = []
+    for kind in sorted({kind for site in sites for where in site["constants"].values() for kind in where}):
+        details = [[where[kind] for where in site["constants"].values()] for site in sites]
+        absorbed = sum(all(text.startswith(ABSORBED) for text in one) for one in details)
+        left = {text for one in details for text in one if not text.startswith(ABSORBED)}
+        reason = f" ({'; '.join(sorted(left))})" if left else ""
+        parts.append(f"{kind}: {absorbed} of {len(sites)} absorbed{reason}")
+    return "; ".join(parts)

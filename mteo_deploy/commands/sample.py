@@ -1,0 +1,93 @@
+"""``mteo-deploy sample``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mteo_deploy.commands.common import (
+    PATH,
+    device_option,
+    emit,
+    engine_option,
+    integers,
+    json_option,
+    parse_size,
+    quiet_option,
+    realisation_option,
+    verb,
+)
+
+
+@click.command()
+@click.argument("bundle", type=PATH)
+@click.option("--num", type=int, default=16, show_default=True, help="How many images.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Image i depends on (seed, i) only.")
+@click.option("--batch", type=int, default=16, show_default=True, help="Images per engine call.")
+@click.option("--size", help="HEIGHTxWIDTH of the state, if the bundle leaves them open [default: the backbone's own].")
+@click.option("-o", "--output", type=PATH, default=Path("grid.png"), show_default=True, help=".png (grid), .npz, or a folder.")
+@engine_option
+@device_option
+@realisation_option
+@click.option("--tables", type=PATH, help="Another bundle, whose embeddings and steps to use in this one's table engine.")
+@click.option("--prompt", multiple=True, help="For all images; repeatable: one for each. Needs a bundle with a text encoder.")
+@click.option("--negative-prompt", multiple=True, help="Likewise, for a bundle with guidance [default: the empty one].")
+@click.option("--latents", is_flag=True, help="Leave them as they are, where the bundle could decode them.")
+@click.option("--class-labels", help="For a backbone with classes: one label, or as many as images, by comma.")
+@click.option("--guidance-scale", type=float, help="For a bundle with guidance [default: what it was exported with].")
+@click.option(
+    "--requests", "request_file", type=PATH, help="npz of request inputs (prompt embeddings): one each, or as many as images."
+)
+@json_option
+@quiet_option
+@verb
+def sample(
+    bundle: Path,
+    num: int,
+    seed: int,
+    batch: int,
+    size: str | None,
+    output: Path,
+    latents: bool,
+    prompt: tuple[str, ...],
+    negative_prompt: tuple[str, ...],
+    class_labels: str | None,
+    guidance_scale: float | None,
+    request_file: Path | None,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Draw images from a built bundle.
+
+    \b
+    Example:  mteo-deploy sample bundle --num 64 --seed 0 --batch 16 -o grid.png
+              mteo-deploy sample bundle --size 32x48 -o grid.png
+              mteo-deploy sample bundle --prompt "a castle in the sea" --num 4 -o castles
+    """
+    import time
+
+    from mteo_deploy import images
+    from mteo_deploy import requests as given
+    from mteo_deploy.progress import reporter
+    from mteo_deploy.sampler import Sampler
+
+    images.check_output(output)
+    requests: dict[str, Any] = {} if request_file is None else given.read(request_file)
+    requests |= {} if class_labels is None else {"class_labels": integers("--class-labels", class_labels)}
+    requests |= {} if guidance_scale is None else {given.GUIDANCE_SCALE: guidance_scale}
+    shape = None if size is None else parse_size(size)
+    with Sampler.load(bundle, **options) as sampler, reporter(quiet or as_json) as report:
+        images.check_output(output, sampler.bundle.image_shape_at(shape))
+        clock = time.perf_counter()
+        task = report.task("sampling", num)
+        texts = {"prompt": list(prompt) or None, "negative_prompt": list(negative_prompt) or None}
+        drawn = sampler(num, seed, batch, lambda n: report.advance(task, n), requests, shape, latents, **texts)
+        seconds = time.perf_counter() - clock
+    images.save(drawn, output)
+    if as_json:
+        emit({"output": str(output), "num": num, "seed": seed, "batch": batch, "seconds": seconds})
+        return
+    click.echo(f"{output}: {num} images of {len(sampler.plan.evaluations)} evaluations each in {seconds:.2f} s")
