@@ -24,6 +24,7 @@ import torch
 
 from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.schedulers import noise_levels, scheduler_points
+from mteo_deploy.exporters.weights import load_network
 from mteo_deploy.hub import is_repository, license_of, model_directory
 from mteo_deploy.plan import Plan, compile_plan
 from mteo_deploy.requests import Arrays, Request, draw_all
@@ -92,13 +93,7 @@ class Adapter(ABC, torch.nn.Module):
         Raises:
             InputError: when there are no weights as safetensors that fit it.
         """
-        try:
-            network = cls.network_class.from_pretrained(network_dir, use_safetensors=True, torch_dtype=torch.float32)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise InputError(
-                f"expected {cls.family} weights as safetensors in {network_dir}; {str(error).splitlines()[0]}"
-            ) from None
-        return cls(network, scheduler_config)
+        return cls(load_network(cls.network_class, network_dir), scheduler_config)
 
     def set_size(self, height: int, width: int) -> None:
         """Take states of this size; noise levels that depend on it follow.
