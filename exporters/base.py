@@ -14,7 +14,8 @@ import math
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -155,6 +156,12 @@ class Adapter(ABC, torch.nn.Module):
 
         The embeddings are the time's alone: what a request adds to them (a class embedding, pooled text) is added here.
         """
+
+    @contextmanager
+    def recomputing_blocks(self) -> Iterator[bool]:
+        """While it lasts, the network keeps nothing of what it computes inside its blocks, and computes it again for the
+        gradient (Chen et al. 2016, arXiv 1604.06174). Gives whether it does so: some networks cannot."""
+        yield False
 
     def compile_plan(self, steps: int, solver: str = "euler", schedule: str | None = None) -> Plan:
         """A plan for this backbone.
