@@ -55,7 +55,7 @@ def in_float32(directory: Path) -> Iterator[Path]:
     The copy is unlinked at the end; what was mapped from it stays until it is let go.
     """
     files = _files(directory)
-    if not any(_is_half(file) for file in files):
+    if not _are_half(files):
         yield directory
         return
     with tempfile.TemporaryDirectory(prefix="mteo-weights-", ignore_cleanup_errors=True) as scratch:  # Windows: it is open
@@ -68,22 +68,26 @@ def in_float32(directory: Path) -> Iterator[Path]:
 
 
 def _files(directory: Path) -> list[Path]:
-    """The files that diffusers would read; none where there is nothing that it would."""
+    """The files that diffusers reads; none where it has an index that cannot be read."""
     try:
         names = set(json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
     except FileNotFoundError:
         names = {f"{STEM}.safetensors"}
     except (OSError, ValueError, KeyError, AttributeError):
-        return []  # diffusers says what is wrong
-    return [directory / name for name in sorted(names) if (directory / name).is_file()]
+        return []
+    return [directory / name for name in sorted(names)]
 
 
-def _is_half(file: Path) -> bool:
-    try:
-        with safe_open(file, "pt") as tensors:
-            return any(tensors.get_slice(name).get_dtype() in HALF for name in tensors.keys())  # noqa: SIM118
-    except (OSError, SafetensorError):
-        return False  # as above
+def _are_half(files: list[Path]) -> bool:
+    """Whether any tensor is; not where a file is missing or broken, of which diffusers says what is wrong."""
+    types: set[str] = set()
+    for file in files:
+        try:
+            with safe_open(file, "pt") as tensors:
+                types.update(tensors.get_slice(name).get_dtype() for name in tensors.keys())  # noqa: SIM118
+        except (OSError, SafetensorError):
+            return False
+    return not types.isdisjoint(HALF)
 
 
 def _convert(files: list[Path], target: Path) -> None:
