@@ -36,17 +36,14 @@ def without_weights(model: ir.Model) -> tuple[ir.Model, dict[str, ir.TensorProto
     return light, weights
 
 
-def _feed(graph: ir.Graph, name: str, values: NDArray[Any]) -> NDArray[Any]:
+def _feed(graph: ir.Graph, value: ir.Value, values: NDArray[Any]) -> NDArray[Any]:
     """What ONNX Runtime takes for a weight without a copy: of a transposed view what lies in memory, turned in the graph."""
-    if values.flags.c_contiguous:
-        return values
     order = sorted(range(values.ndim), key=lambda axis: -values.strides[axis])
     stored = values.transpose(order)
-    if stored.flags.c_contiguous:
-        value = next(value for value in graph.inputs if value.name == name)
+    if not values.flags.c_contiguous and stored.flags.c_contiguous and not value.is_graph_output():
         node = ir.node("Transpose", [value], {"perm": [order.index(axis) for axis in range(values.ndim)]})
         turned = node.outputs[0]
-        turned.name, turned.shape, turned.type = f"{name}/turned", value.shape, value.type
+        turned.name, turned.shape, turned.type = f"{value.name}/turned", value.shape, value.type
         value.replace_all_uses_with(turned)
         node.replace_input_with(0, value)
         value.shape = ir.Shape(stored.shape)
@@ -73,7 +70,8 @@ def evaluate(model: ir.Model, feeds: Mapping[str, NDArray[Any]], *, reference: b
         return list(ReferenceEvaluator(ir.to_proto(light)).run(None, wanted))
     import onnxruntime
 
-    wanted |= {name: _feed(light.graph, name, tensor.numpy()) for name, tensor in weights.items()}
+    inputs = {value.name: value for value in light.graph.inputs}
+    wanted |= {name: _feed(light.graph, inputs[name], tensor.numpy()) for name, tensor in weights.items()}
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # what the graph says, no more
