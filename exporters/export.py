@@ -113,7 +113,7 @@ def _states_and_kept(
     embeddings: Sequence[Sequence[torch.Tensor]],
     requests: Mapping[str, torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    kept = []
+    kept: list[torch.Tensor] = []
 
     def network(i: int, state: torch.Tensor) -> torch.Tensor:
         output = adapter(state, *embeddings[i], **requests)

@@ -264,7 +264,7 @@ exported = pytest.mark.parametrize("model", EXPORTED, indirect=True)
 
 def prompts(adapter: Adapter, count: int, seed: int) -> Requests:
     """Random request inputs; a mask has tokens first and then padding, another number of them in each row."""
-    masks = {r.name: (torch.arange(TOKENS) < 2 + torch.arange(count)[:, None]).long() for r in adapter.requests if r.high}
+    masks = {r.name: (torch.arange(TOKENS) < 2 + torch.arange(count)[:, None]).long() for r in adapter.requests if r.mask}
     return adapter.draw_requests(count, seed) | masks
 
 
