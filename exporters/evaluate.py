@@ -49,7 +49,7 @@ def _feed(graph: ir.Graph, value: ir.Value, values: NDArray[Any]) -> NDArray[Any
         value.shape = ir.Shape(stored.shape)
         graph.insert_before(graph[0], node)
         return stored
-    return np.ascontiguousarray(values)
+    return values if values.flags.c_contiguous else np.ascontiguousarray(values)
 
 
 def evaluate(model: ir.Model, feeds: Mapping[str, NDArray[Any]], *, reference: bool = False) -> list[NDArray[Any]] | None:
