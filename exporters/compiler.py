@@ -128,7 +128,7 @@ def compile_bundle(
         return CompiledGraph(_write(model, directory, name), passes, removed, refused, counted)
 
     if "table" in options.realisations:  # first: its weights then lie in the file where any other bundle's lie
-        graphs.append(_write_table(steps, directory, write))
+        graphs.append(_write_table(steps, directory, write, weights))
         realisations["table"] = graphs[-1].entry
         report.advance(task, 1, "table")
     if "fused" in options.realisations:
@@ -157,9 +157,9 @@ def compile_bundle(
     return Compiled(ordered, written, graphs, prelude, size, steps.site_report(), others, options)
 
 
-def _write_table(steps: Steps, directory: Path, write: Callable[..., CompiledGraph]) -> CompiledGraph:
+def _write_table(steps: Steps, directory: Path, write: Callable[..., CompiledGraph], weights: WeightFile) -> CompiledGraph:
     model, table = tabulate(steps.alike)
-    content = content_hash(model)
+    content = content_hash(model, weights)
     graph = write(model, steps.alike_passes[0], "table.onnx")
     save_file({"table": table}, directory / TABLES)
     (directory / TABLES).chmod(0o644)  # safetensors writes for the owner only
