@@ -2,8 +2,8 @@
 
 A decoder's activations are hundreds of times as large as its image; those of a tile of the image are not. Tiles overlap by a
 quarter, and what two of them have is blended from the one to the other, as diffusers' ``AutoencoderKL`` does in
-``tiled_decode``. Each tile is decoded for itself, so norms and attention see a tile and not the image: the result is close to
-the image decoded whole, not equal to it.
+``tiled_decode``. Each tile is decoded for itself, so norms and attention see a tile and not the image: the result is not the
+image decoded whole, and how near it is depends on the VAE.
 """
 
 from __future__ import annotations

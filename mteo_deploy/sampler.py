@@ -293,8 +293,8 @@ class Sampler:
         """Images of the last states: decoded where the bundle has a decoder, else the states themselves.
 
         Args:
-            tile: height and width of the tiles of latents that a larger image is decoded in: less memory, and nearly the same
-                image. 0 for the whole image; None for what the bundle was exported with.
+            tile: height and width of the tiles of latents that a larger image is decoded in, with less memory, to an image that
+                is not quite the same. 0 for the whole image; None for what the bundle was exported with.
 
         Raises:
             InputError: for a tile that the decoder does not take.

@@ -200,12 +200,12 @@ def tiled(vae: AutoencoderKL, latents: np.ndarray, tile: int) -> np.ndarray:
 
 @pytest.mark.parametrize(("tile", "size"), [(4, (8, 8)), (8, (14, 20)), (8, (10, 30))])
 def test_tiles_are_diffusers(bundle: Path, vae: AutoencoderKL, tile: int, size: tuple[int, int]) -> None:
-    """Overlap and blending, with tiles that are cut short at the edges; and near the image decoded whole, not equal to it."""
+    """Overlap and blending, with tiles that are cut short at the edges; and not the image decoded whole."""
     latents = np.random.default_rng(3).standard_normal((3, 2, *size), dtype=np.float32)
     with Sampler.load(bundle) as sampler:
         found, whole = sampler.decode(latents, tile), sampler.decode(latents)
         assert found.shape == whole.shape and relative(found, tiled(vae, latents, tile)) < 1e-5
-        assert 1e-4 < relative(found, whole) < 0.5
+        assert relative(found, whole) > 1e-2
         np.testing.assert_array_equal(sampler.decode(latents, 0), whole)
         np.testing.assert_array_equal(sampler.decode(latents, 32), whole)  # not larger than a tile
         given = sampler.bundle.reference_requests(2)
