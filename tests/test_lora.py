@@ -134,7 +134,7 @@ def test_export(model: Path, weights: Path, fused: Adapter, tmp_path: Path) -> N
     assert backbone["loras"] == [Lora.parse(lora).to_json()] and backbone["loras"][0]["scale"] == SCALE
     for shown in (["inspect", str(output)], ["inspect", "--model", str(model), "--lora", lora]):
         assert "lora       pytorch_lora_weights.safetensors (0.5), fused" in CliRunner().invoke(main, shown).output
-    with pytest.raises(InputError, match="another backbone"):
+    with pytest.raises(InputError, match="made for backbone"):
         export(tmp_path / "other", model=fused, embeddings=pretrained_set(load_backbone(model), 2, "euler"), quiet=True)
 
 

@@ -82,7 +82,7 @@ def found() -> Profile:
 def test_decoder_and_text_encoder(engine: str, pipeline_bundle: Path, tmp_path: Path) -> None:
     """Once per sampling, beside the loop and not in it."""
     path = altered(pipeline_bundle, tmp_path / "b")
-    build(path, engine=engine, realisation="table", threads=1, seconds=0.1, quiet=True)
+    build(path, engine=engine, realisation="baked", threads=1, seconds=0.1, quiet=True)
     found = profile(path, loops=3, quiet=True)
     beside = ["graphs/decoder.onnx", "graphs/text_encoder.onnx"]
     assert {layer.graph for layer in found.beside} == {*beside} and {layer.runs for layer in found.beside} == {1}
@@ -91,7 +91,7 @@ def test_decoder_and_text_encoder(engine: str, pipeline_bundle: Path, tmp_path: 
     assert sum(layer.group == "convolution" for layer in found.beside) > 5
     assert sum(ours for ours, _ in found.groups().values()) == pytest.approx(sum(layer.milliseconds for layer in found.layers))
     rows = {e["args"]["name"] for e in found.chrome_trace()["traceEvents"] if e["ph"] == "M"}
-    assert rows == {"table", "time-conditioned", "beside both"}
+    assert rows == {"baked", "time-conditioned", "beside both"}
 
 
 def test_sums(found: Profile) -> None:
