@@ -14,12 +14,14 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
+from mteo_deploy.exporters.emulate import emulate, has_bf16
+
 LIMIT = 1 << 30
 """Bytes of weights above which a model is not evaluated: protobuf ends at 2 GiB, and the copy would double the memory."""
 
 
 def evaluate(model: ir.Model, feeds: Mapping[str, NDArray[Any]], *, reference: bool = False) -> list[NDArray[Any]] | None:
-    """Outputs of ``model``; inputs it does not take are left out of ``feeds``.
+    """Outputs of ``model``; inputs it does not take are left out of ``feeds``. bf16 is emulated in float32.
 
     Args:
         reference: always use the reference evaluator.
@@ -29,7 +31,8 @@ def evaluate(model: ir.Model, feeds: Mapping[str, NDArray[Any]], *, reference: b
     """
     if not reference and (find_spec("onnxruntime") is None or _bytes(model) > LIMIT):
         return None
-    proto = ir.to_proto(ir.external_data.load_to_model(model.clone()))
+    whole = ir.external_data.load_to_model(model.clone())
+    proto = ir.to_proto(emulate(whole) if has_bf16(whole) else whole)
     wanted = {value.name: feeds[value.name or ""] for value in model.graph.inputs}
     if reference:
         return list(ReferenceEvaluator(proto).run(None, wanted))

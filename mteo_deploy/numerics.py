@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mteo_deploy.plan import Plan
+from mteo_deploy.precision import parts
 from mteo_deploy.prompts import open_tokenizers, tokenise
 from mteo_deploy.realisations import Stepwise
 from mteo_deploy.sampler import Sampler
@@ -18,7 +19,11 @@ Array = NDArray[np.float32]
 
 TOLERANCE = {
     "fp32": {"evaluation": 1e-4, "trajectory": 1e-3, "batch": 1e-4},
+    "fp16": {"evaluation": 1e-2, "trajectory": 5e-2, "batch": 1e-2},
     "bf16": {"evaluation": 5e-2, "trajectory": 1e-1, "batch": 5e-2},
+    "int8": {"evaluation": 1e-1, "trajectory": 3e-1, "batch": 1e-1},
+    "fp8": {"evaluation": 2e-1, "trajectory": 4e-1, "batch": 2e-1},
+    "int4": {"evaluation": 2e-1, "trajectory": 4e-1, "batch": 2e-1},
 }
 """Relative error (root mean square over root mean square) allowed by precision: one evaluation fed with the reference's
 own state, the whole trajectory, and the same images drawn with another batch size. Engines in fp32 reorder sums over
@@ -29,6 +34,12 @@ levels.
 Two engines of the same bundle may differ by what the coarser precision's trajectory is allowed: each departs from torch by
 roundings of its own, the sum of which is dominated by the coarser one's. The triangle inequality would allow the sum of the
 two; typical errors lie a decade below either, so the larger one is enough and catches more."""
+
+
+def tolerance_of(precision: str) -> dict[str, float]:
+    """What is allowed for a label of :mod:`mteo_deploy.precision`: of several precisions, what the coarsest one is."""
+    found = [TOLERANCE[name] for name in parts(precision)]
+    return {what: max(one[what] for one in found) for what in found[0]}
 
 
 def relative_error(found: Array, expected: Array) -> float:
