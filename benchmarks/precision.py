@@ -1,9 +1,9 @@
 """Precision x engine x backbone: time of a whole sampling, error of the images, bytes of the bundle.
 
-A bundle is exported for each precision and built in each engine, with both hints where the engine has them; all of them sample the
-same images in interleaved rounds of one run. Ratios are to two of them: fp32 graphs in OpenVINO computed in fp32, and in bf16
-(ONNX Runtime's fp32 where OpenVINO is not installed). Errors are against the stored torch reference. What an engine or a backbone
-has no layers for is left out, with its reason. Prints a table, then one JSON line.
+A bundle is exported for each precision and built in each engine, with both hints where the engine has them; all of them sample
+the same images in interleaved rounds of one run. Ratios are to two of them: fp32 graphs in OpenVINO computed in fp32, and in
+bf16 (ONNX Runtime's fp32 where OpenVINO is not installed). Errors are against the stored torch reference. What an engine or a
+backbone has no layers for is left out, with its reason. Prints a table, then one JSON line.
 
     python benchmarks/precision.py --steps 4 --batch 1 8 --seconds 60 -o benchmarks/results/precision-mnist-4.json
     python benchmarks/precision.py --random-dit --steps 4 --batch 1 8 --seconds 120 -o benchmarks/results/precision-dit-4.json
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from engines import random_dit
+from random_dit import random_dit
 from rich.console import Console
 from rich.table import Table
 
@@ -54,7 +54,9 @@ class Way:
         return f"{self.engine} {self.precision}"
 
 
-def exported(model: Path, steps: int, work: Path, precisions: list[str], realisation: str) -> tuple[list[Bundle], dict[str, str]]:
+def exported(
+    model: Path, steps: int, work: Path, precisions: list[str], realisation: str
+) -> tuple[list[Bundle], dict[str, str]]:
     """A bundle for each precision, and why there is none for the others."""
     found, left_out = [], {}
     for name in precisions:
@@ -78,7 +80,9 @@ def opened(bundle: Bundle, batch: int, realisation: str, left_out: dict[str, str
                 left_out[name] = f"{engine.name} has not every layer in {graphs} on the CPU"
                 continue
             try:
-                sampler = Sampler(bundle, partial(open_graph, engine, bundle, {"precision": hint, "batch": [batch]}), realisation)
+                sampler = Sampler(
+                    bundle, partial(open_graph, engine, bundle, {"precision": hint, "batch": [batch]}), realisation
+                )
                 yield Way(engine.name, label(graphs, hint), sampler, image_error(sampler), size)
             except MteoError as error:
                 left_out[name] = str(error)
@@ -103,7 +107,14 @@ def measured(ways: list[Way], batch: int, seconds: float) -> tuple[list[dict[str
                 found = latency.bootstrap_median(rounds.times[:, i] / rounds.times[:, best])
                 ratios[name] = dict(zip(("ratio", "low", "high"), found, strict=True), way=ways[best].name)
         rows.append(
-            {"way": way.name, "p50": rounds.medians[i], "against": ratios, "error": way.error, "bytes": way.bytes, "batch": batch}
+            {
+                "way": way.name,
+                "p50": rounds.medians[i],
+                "against": ratios,
+                "error": way.error,
+                "bytes": way.bytes,
+                "batch": batch,
+            }
         )
     return rows, rounds.doubts
 

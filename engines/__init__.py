@@ -49,7 +49,7 @@ def installed() -> list[Backend]:
 
 
 def doctor() -> list[dict[str, Any]]:
-    """Each engine: version, devices, precisions it computes in, precisions of ``graphs`` that it runs by device, and options; or
+    """Each engine: version, devices, precisions it computes in, by device those of ``graphs`` that it runs, and options; or
     what is wrong and the way out."""
     from mteo_deploy.engines import options
 

@@ -80,7 +80,7 @@ def build(
         raise InputError(f"expected --realisation out of {', '.join(NAMES)}, {AUTO}; found {realisation!r}")
     if precision not in HINTS:
         raise InputError(
-            f"expected --precision out of {', '.join(HINTS)}; found {precision!r}; it is what an engine may compute in, and the "
+            f"expected --precision out of {', '.join(HINTS)}; found {precision!r}; it is what an engine may compute in; the "
             "graphs' own types are chosen by: mteo-deploy export --precision"
         )
     if any(size < 1 for size in batch) or seconds <= 0:
@@ -151,8 +151,8 @@ def _check_types(bundle: Bundle, candidate: Candidate) -> None:
     name, runs = bundle.manifest["precision"], candidate.backend.runs(candidate.device)
     if name not in runs:
         raise EngineError(
-            f"expected a bundle whose graphs are in {', '.join(runs)} for {candidate.backend.name} on {candidate.device}; found "
-            f"{name}; build with another --engine, or export again with another --precision"
+            f"expected a bundle whose graphs are in {', '.join(runs)} for {candidate.backend.name} on {candidate.device}; "
+            f"found {name}; build with another --engine, or export again with another --precision"
         )
 
 

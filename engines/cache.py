@@ -46,7 +46,7 @@ class Built:
 
     @property
     def precision(self) -> str:
-        """What it computes in: the graphs' types and what it was built to compute in, as :func:`mteo_deploy.precision.label`."""
+        """What it computes in: the graphs' types and its own hint, as :func:`mteo_deploy.precision.label`."""
         return label(self.graphs, str(self.options.get("precision", "fp32")))
 
 

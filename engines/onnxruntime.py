@@ -145,7 +145,9 @@ class OnnxRuntimeBackend:
         return ["cuda", "cpu"]
 
     def runs(self, device: str) -> tuple[str, ...]:
-        return NAMES if device == "cuda" else tuple(name for name in NAMES if name != "bf16")  # no convolutions in it on the CPU
+        return (
+            NAMES if device == "cuda" else tuple(name for name in NAMES if name != "bf16")
+        )  # no convolutions in it on the CPU
 
     def machine(self, device: str, options: Mapping[str, Any]) -> str:
         return platform.machine() + (f", {nvidia.gpus()[0]}" if device == "cuda" else "")

@@ -1,9 +1,9 @@
 """Calibration: the scale of each activation, from what it is on trajectories.
 
-Each evaluation has a graph of its own, so it has scales of its own too: at high noise a layer's input may be a tenth of what it is
-at the end, and one scale for both gives away bits at each. A scale is chosen per tensor out of candidates (the largest magnitude,
-percentiles, and clips between 30 % and 100 % of the largest) by the squared error of the numbers it rounds. A threshold by entropy
-is one more such clip and could not do better by that measure.
+Each evaluation has a graph of its own, so it has scales of its own too: at high noise a layer's input may be a tenth of what
+it is at the end, and one scale for both gives away bits at each. A scale is chosen per tensor out of candidates (the largest
+magnitude, percentiles, and clips between 30 % and 100 % of the largest) by the squared error of the numbers it rounds. A
+threshold by entropy is one more such clip and could not do better by that measure.
 """
 
 from __future__ import annotations
@@ -96,6 +96,4 @@ def scales(samples: Mapping[str, Sample], form: Format, pooled: Mapping[str, Sca
     Args:
         pooled: scales of all evaluations together, as candidates.
     """
-    return {
-        name: choose(sample, form, {"pooled": pooled[name].value} if pooled else None) for name, sample in samples.items()
-    }
+    return {name: choose(sample, form, {"pooled": pooled[name].value} if pooled else None) for name, sample in samples.items()}

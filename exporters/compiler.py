@@ -143,27 +143,28 @@ def compile_bundle(
         realisations["fused"] = graphs[-1].entry
         report.advance(task, 1, "fused")
     if "baked" in options.realisations:
-        baked = [
-            write(model, passes, f"step_{i:02}.onnx")
-            for i, (model, passes) in enumerate(zip(*low.baked(), strict=True))
-        ]
+        baked = [write(model, passes, f"step_{i:02}.onnx") for i, (model, passes) in enumerate(zip(*low.baked(), strict=True))]
         graphs += baked
         realisations["baked"] = [{**graph.entry, "requests": steps.sources(i, graph.entry)} for i, graph in enumerate(baked)]
         report.advance(task, 1, "baked")
-    prelude = None
-    if steps.prelude:
-        prelude = write(steps.prelude, steps.prelude_passes + low.other(steps.prelude), "prelude.onnx")
+    prelude = steps.prelude and write(steps.prelude, steps.prelude_passes + low.other(steps.prelude), "prelude.onnx")
     only_here = WeightFile(directory / "graphs" / "conditioned.bin", parent=weights)
-    written = write(conditioned, run_passes(conditioned, [Fold(), Views()]) + low.conditioned(conditioned), "conditioned.onnx", only_here)
+    passes = run_passes(conditioned, [Fold(), Views()]) + low.conditioned(conditioned)
+    written = write(conditioned, passes, "conditioned.onnx", only_here)
+    told |= {"conditioned": low.conditioned_errors} if low.conditioned_errors else {}
     report.advance(task, 1, "conditioned")
     others = {}
     for name, trace in parts.items():
-        model = trace()
-        fixed = [] if options.fixed_batch is None else [FixBatch(options.fixed_batch)]
-        others[name] = write(model, run_passes(model, [*fixed, Fold(), Views()]), f"{name}.onnx")
+        others[name] = _write_part(name, trace(), options, write)
         report.advance(task, 1, name)
     ordered = {name: realisations[name] for name in NAMES if name in realisations}
     return Compiled(ordered, written, graphs, prelude, size, steps.site_report(), others, options, told)
+
+
+def _write_part(name: str, model: ir.Model, options: Options, write: Callable[..., CompiledGraph]) -> CompiledGraph:
+    """Of the pipeline beside the backbone: it stays in float32 at every precision."""
+    fixed = [] if options.fixed_batch is None else [FixBatch(options.fixed_batch)]
+    return write(model, run_passes(model, [*fixed, Fold(), Views()]), f"{name}.onnx")
 
 
 def _write_table(steps: Steps, low: Lowering, directory: Path, write: Callable[..., CompiledGraph]) -> CompiledGraph:

@@ -292,8 +292,8 @@ def export(
         batch: one size is the only one of every graph; with several the batch stays open, and ``build`` compiles for these.
         dump_after: a pass after which to leave each step graph, whole, in ``<output>.after-<pass>/``.
         precision: types in the graphs, of :data:`mteo_deploy.precision.NAMES`; states and requests are float32 in all of them.
-        keep: layers to leave in float32, as patterns of their names (``conv_in``, ``*.attn1.*``). None given, int8 and fp8 leave
-            those that make much of the error and do little of the work.
+        keep: layers to leave in float32, as patterns of their names (``conv_in``, ``*.attn1.*``). None given, int8 and fp8
+            leave those that make much of the error and do little of the work.
         calibration: images whose trajectories the scales of int8 and fp8 are chosen on.
 
     Returns:

@@ -1,9 +1,9 @@
 """Lowering: the graphs of a bundle in the precision asked for, and what that costs in error.
 
 The step graphs are made in float32 first. fp16, bf16 and int4 follow from the graphs alone. int8 and fp8 have scales for what
-layers take in, calibrated on trajectories of the float32 graphs from noise of their own seed; every evaluation has its own scales,
-and the report says what one scale for all of them would have cost. The graph with ordinary time conditioning has the same precision,
-its scales pooled over all evaluations: it is one graph, and has no other choice.
+layers take in, calibrated on trajectories of the float32 graphs from noise of their own seed; every evaluation has its own
+scales, and the report says what one scale for all of them would have cost. The graph with ordinary time conditioning has the
+same precision, its scales pooled over all evaluations: it is one graph, and has no other choice.
 """
 
 from __future__ import annotations
@@ -35,10 +35,15 @@ CALIBRATION_SEED, CHECK_SEED, CHECK_COUNT = 10_000, 20_000, 16
 
 
 class Lowering:
-    """Graphs in float32: nothing is done to them. The other precisions are subclasses."""
+    """Graphs in float32: nothing is done to them. The other precisions are subclasses.
+
+    Attributes:
+        conditioned_errors: of the graph with ordinary time conditioning, where its scales are pooled: by evaluation.
+    """
 
     def __init__(self, adapter: Adapter, steps: Steps, options: Options) -> None:
         self.adapter, self.steps, self.options = adapter, steps, options
+        self.conditioned_errors: list[float] = []
 
     def baked(self) -> tuple[list[ir.Model], list[list[PassReport]]]:
         """The step graphs of ``baked`` and ``fused``, and the passes they went through."""
@@ -181,22 +186,30 @@ class _Calibrated(_Lowered):
         return self.calibrated.feeds[0][index]
 
     def conditioned(self, model: ir.Model) -> list[PassReport]:
-        """One graph for every evaluation: pooled scales. What depends on the time alone, a row for each image at most, is
-        quantised in its weights only."""
+        """One graph for every evaluation: pooled scales, and the error that comes with them is told, not limited.
+
+        What depends on the time alone, a row for each image at most, is quantised in its weights only.
+        """
         infer_shapes(model)
         state = model.graph.inputs[0].name
         times = binding_times(model, [value.name or "" for value in model.graph.inputs if value.name != state])
         at_steps = {value.name for value, time in times.items() if time == BindingTime.STEP}
         names = [name for name in self._inputs(model) if name in at_steps or name == state]
-        run, timesteps = self.graphs.open(model, names), [e.timestep for e in self.steps.plan.evaluations]
-        batches = []
-        for feeds, requests in zip(self.calibrated.feeds, self.calibrated.requests, strict=True):
-            for values, timestep in zip(feeds, timesteps, strict=True):
-                given = {"state": values["state"], "timestep": np.array([timestep], np.float32), **requests}
-                batches.append((given, {name: found for name, found in run(given).items() if name in names}))
-        scales = values_of(calibration.scales(calibration.gather(found for _, found in batches), self.form))
-        one = Quantize(self.form, scales, [*self.options.keep, *self.loud], self._stored)
-        return run_passes(model, [one], batches[0][0])
+        exact, timesteps = self.graphs.open(model, names), [e.timestep for e in self.steps.plan.evaluations]
+        given = [
+            {"state": values["state"], "timestep": np.array([timestep], np.float32), **requests}
+            for feeds, requests in zip(self.calibrated.feeds, self.calibrated.requests, strict=True)
+            for values, timestep in zip(feeds, timesteps, strict=True)
+        ]
+        samples = calibration.gather({name: found[name] for name in names} for found in map(exact, given))
+        keep, scales = [*self.options.keep, *self.loud], values_of(calibration.scales(samples, self.form))
+        reports = run_passes(model, [Quantize(self.form, scales, keep, self._stored)])
+        low, output = self.graphs.open(model), model.graph.outputs[0].name or ""
+        self.conditioned_errors = [
+            relative([low(one)[output]], [exact(one)[output]])
+            for one in given[: len(timesteps)]  # of the first batch
+        ]
+        return reports
 
     def report(self) -> dict[str, Any]:
         self.baked()

@@ -15,8 +15,8 @@ OPTIONAL = ("absorb", "hoist")
 AXES = ("batch", "height", "width")
 """Axes of the state that a graph can leave open."""
 SCALED = ("int8", "fp8")
-"""Precisions whose activations have scales, constant in each evaluation's graph: engines have no kernels for others. So there is no
-one graph for all evaluations, ``table``."""
+"""Precisions whose activations have scales, constant in each evaluation's graph: engines have no kernels for others. So there
+is no one graph for all evaluations, ``table``."""
 
 
 @dataclass(frozen=True)

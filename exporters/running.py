@@ -6,7 +6,9 @@ one file for all graphs, and are mapped.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,8 +43,9 @@ class Graphs:
                 "expected onnxruntime for this precision, whose scales are calibrated by running the graphs; found none; run: "
                 "pip install 'mteo-deploy[cpu]', or take --precision fp16, bf16 or int4"
             )
-        self._directory = tempfile.TemporaryDirectory(prefix="mteo-deploy-precision-")
-        self._weights = WeightFile(Path(self._directory.name) / "weights.bin")
+        self._directory = Path(tempfile.mkdtemp(prefix="mteo-deploy-precision-"))
+        weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)
+        self._weights = WeightFile(self._directory / "weights.bin")
         self._count = 0
 
     def open(self, model: ir.Model, inner: Sequence[str] = ()) -> Run:
@@ -58,7 +61,7 @@ class Graphs:
         there = {value.name for value in [*model.graph.outputs, *model.graph.inputs]}
         model.graph.outputs.extend(known[name] for name in inner if name not in there)
         Share(self._weights)(model)
-        path = Path(self._directory.name) / f"graph_{self._count}.onnx"
+        path = self._directory / f"graph_{self._count}.onnx"
         self._count += 1
         ir.save(model, path)
         options = onnxruntime.SessionOptions()

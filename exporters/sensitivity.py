@@ -108,9 +108,7 @@ class Sensitivity:
 def sensitivity(boards: Sequence[Switchboard], held: Trajectories, work_of: Mapping[str, float]) -> Sensitivity:
     """Measure each layer, or each module where there are too many, on the states of the first batch of trajectories."""
     groups, indices = group(boards[0].layers), range(len(boards))
-    errors = {
-        name: [state_error(boards[i].as_run(layers), held, i, 1) for i in indices] for name, layers in groups.items()
-    }
+    errors = {name: [state_error(boards[i].as_run(layers), held, i, 1) for i in indices] for name, layers in groups.items()}
     return Sensitivity(groups, errors, dict(work_of))
 
 

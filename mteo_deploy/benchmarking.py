@@ -180,7 +180,8 @@ def _candidates(bundles: Sequence[Bundle], engine: str, device: str | None, prec
         wanted = precisions[0]
         verb = f"build {missing[0].path} --precision {wanted}" if wanted in HINTS else f"export --precision {parts(wanted)[0]}"
         raise InputError(
-            f"expected {missing[0].path} built for {', '.join(precisions)}; found other precisions only; run: mteo-deploy {verb}"
+            f"expected {missing[0].path} built for {', '.join(precisions)}; found other precisions only; "
+            f"run: mteo-deploy {verb}"
         )
     return found + [Candidate(one.name, one.bundle, one.built, True) for one in found if plain]
 

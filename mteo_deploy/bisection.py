@@ -30,6 +30,7 @@ import numpy as np
 from mteo_deploy.engines import backend
 from mteo_deploy.engines.base import OpenGraph, Session
 from mteo_deploy.engines.device import Values
+from mteo_deploy.errors import InputError
 from mteo_deploy.numerics import evaluation_outputs, relative_error, teacher_forced, tolerance_of
 from mteo_deploy.probes import UNOPTIMISED, Departure, Probes, Tensor, node_name, onnx_package
 from mteo_deploy.realisations import Stepwise

@@ -1,8 +1,8 @@
 """Precisions by name: what a bundle's graphs are written in, what an engine may compute in, and both together.
 
-A graph's types are its own: an engine that takes them as they are (TensorRT) has no other precision. ``build --precision`` is a
-hint to an engine that computes in less than the types say (OpenVINO). A built engine is called by both: ``int8+bf16`` is a graph
-with int8 layers whose other layers may compute in bf16.
+A graph's types are its own: an engine that takes them as they are (TensorRT) has no other precision. ``build --precision`` is
+a hint to an engine that computes in less than the types say (OpenVINO). A built engine is called by both: ``int8+bf16`` is a
+graph with int8 layers whose other layers may compute in bf16.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Precision: the graph's own types become fp16 or bf16, but for what is named.
 
 TensorRT 11 takes types as they are, and a converter that leaves a graph unsorted or invalid is no use, so this is one of our
-own. Inputs and outputs stay float32: the loop, the noise and the files are the same at every precision. Weights are stored in the
-low type. What stays in float32, each with its reason in :attr:`Precision.kept`:
+own. Inputs and outputs stay float32: the loop, the noise and the files are the same at every precision. Weights are stored in
+the low type. What stays in float32, each with its reason in :attr:`Precision.kept`:
 
-- normalisations, as one operator or written out (mean, power, root, and the sums and products between them), and softmax: their
-  sums run over thousands of numbers, and a variance of activations in the hundreds leaves the range of fp16;
+- normalisations, as one operator or written out (mean, power, root, and the sums and products between them), and softmax:
+  their sums run over thousands of numbers, and a variance of activations in the hundreds leaves the range of fp16;
 - the solver's update, which adds a small step to a large state, and the rows of the table;
 - an operator that ONNX does not define in the type at the graph's opset, and one with a constant that would leave the type's
   range or become zero;
@@ -99,7 +99,7 @@ class Precision(ir.passes.InPlacePass):
     def _reasons(self, graph: ir.Graph) -> dict[ir.Node, str]:
         found = {node: reason for node in graph if (reason := self._reason(graph, node)) is not None}
         while between := [node for node in graph if node not in found and _is_between(node, found)]:
-            found |= {node: "between operators in float32" for node in between}
+            found |= dict.fromkeys(between, "between operators in float32")
         return found
 
     def _reason(self, graph: ir.Graph, node: ir.Node) -> str | None:

@@ -1,12 +1,12 @@
 """Quantize: layers in 8 or 4 bits, written as QuantizeLinear and DequantizeLinear around them (QDQ).
 
-The graph says what is quantised and by which scale; an engine that has a kernel for it computes ``Q -> DQ -> layer <- DQ <- weight``
-in integers, any other computes the same numbers in float32. Zero points are 0 throughout, as TensorRT demands.
+The graph says what is quantised and by which scale; an engine that has a kernel for it computes ``Q -> DQ -> layer <- DQ <-
+weight`` in integers, any other computes the same numbers in float32. Zero points are 0 throughout, as TensorRT demands.
 
-- Weights are stored in the low type: int8 by output channel, fp8 (E4M3) by tensor, int4 in blocks along the sum. Their scale is the
-  largest magnitude's, so that no weight is clipped; it is the same at every evaluation, and so are the stored bytes.
-- Activations of int8 and fp8 have one scale per tensor, calibrated (``exporters/calibration.py``) and constant in the graph. In
-  int4, and where no scale is given, activations stay as they are (weight-only).
+- Weights are stored in the low type: int8 by output channel, fp8 (E4M3) by tensor, int4 in blocks along the sum. Their scale
+  is the largest magnitude's, so that no weight is clipped; it is the same at every evaluation, and so are the stored bytes.
+- Activations of int8 and fp8 have one scale per tensor, calibrated (``exporters/calibration.py``) and constant in the graph.
+  In int4, and where no scale is given, activations stay as they are (weight-only).
 
 Biases stay in float32, and the sum of a layer is never rounded to 8 bits: the next layer rounds its input once.
 """

@@ -15,13 +15,14 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.evaluate import evaluate
 from mteo_deploy.exporters.passes.share import SHAPES
 
 Feeds = Mapping[str, NDArray[Any]]
 TOLERANCE = 1e-4
-"""Relative error allowed between a graph before and after a pass, in float32: sums are reordered, not changed. A pass that rounds
-says by its attribute ``tolerance`` how much."""
+"""Relative error allowed between a graph before and after a pass, in float32: sums are reordered, not changed. A pass that
+rounds says by its attribute ``tolerance`` how much."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,13 @@ class _Numbers:
         before, self.outputs = self.outputs, evaluate(model, self.feeds)
         if self.outputs is None or getattr(one, "changes_outputs", False):
             return None
-        error = _difference(before, self.outputs)
-        if not error <= getattr(one, "tolerance", TOLERANCE):
+        error, allowed = _difference(before, self.outputs), getattr(one, "tolerance", None)
+        if allowed is not None and not error <= allowed:
+            raise InputError(
+                f"expected rounding to change the outputs by {allowed} at most; found {error:.1e} after {after}: too much for "
+                "this backbone; take another --precision, or leave layers in fp32 with --keep"
+            )
+        if allowed is None and not error <= TOLERANCE:
             raise RuntimeError(f"internal error: the graph computes something else after {after}: relative error {error:.1e}")
         return error
 
@@ -123,6 +129,7 @@ def run_passes(
 
     Raises:
         RuntimeError: when a pass leaves an invalid graph or one that computes something else; names the passes that ran.
+        InputError: when a pass that rounds changes the outputs by more than its tolerance.
     """
     reports: list[PassReport] = []
     numbers = _Numbers(model, feeds)
