@@ -10,7 +10,10 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+import torch
 from conftest import Once
+from diffusers import DDIMScheduler, DiTTransformer2DModel
+from families import redraw, save_pipeline
 from helpers import altered, failed
 from test_precision import feeds, model, network
 
@@ -300,3 +303,35 @@ def test_engines_say_what_they_do_not_run(int8_bundle: Path, monkeypatch: pytest
     monkeypatch.setattr(type(backend("onnxruntime")), "runs", lambda self, device: ("fp32", "fp16"))
     with pytest.raises(EngineError, match="in fp32, fp16 for onnxruntime on cpu; found int8"):
         build(int8_bundle, engine="onnxruntime", threads=1, quiet=True)
+
+
+@pytest.fixture(scope="module")
+def token_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pipeline directory of a DiT with ten labels, 64 numbers per token, and random weights."""
+    torch.manual_seed(0)
+    network = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=32,
+        in_channels=1,
+        out_channels=1,
+        num_layers=1,
+        sample_size=8,
+        num_embeds_ada_norm=10,
+    )
+    return save_pipeline(tmp_path_factory.mktemp("tokens") / "dit", redraw(network), DDIMScheduler())
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_labels_and_history(name: str, token_model: Path, tmp_path: Path) -> None:
+    """Trajectories run with the prelude and with what a multistep solver keeps; the prelude's weights are quantised."""
+    made: dict[str, Any] = {"solver": "ipndm-2", "plain": True, "steps": 3, "realisations": ["baked"], "quiet": True}
+    bundle = export(tmp_path / name, model=token_model, precision=name, **made)
+    told = bundle.manifest["compiler"]["precision"]
+    assert 0 < max(told["errors"]["evaluations"]) < FORMATS[name].tolerance
+    prelude = _initialisers(bundle, bundle.manifest["prelude"]["graph"])
+    kinds = {"int8": onnx.TensorProto.INT8, "int4": onnx.TensorProto.INT4}
+    assert sum(tensor.data_type == kinds[name] for tensor in prelude.values()) >= 2
+    assert not any(part["tensorrt"] for part in bundle.manifest["compiler"]["graphs"])
+    build(bundle, engine="onnxruntime", threads=1, seconds=0.1, quiet=True)
+    report = verify(bundle.path, seconds=0, draw=False, quiet=True)
+    assert report.precision == name and report.passed, [check for check in report.checks if not check.passed]
