@@ -268,6 +268,7 @@ def export(
     precision: str = "fp32",
     keep: Sequence[str] = (),
     calibration: int = 16,
+    max_error: float | None = None,
     quiet: bool = False,
 ) -> Bundle:
     """Bake an embedding set into per-evaluation ONNX graphs and write a bundle.
@@ -295,6 +296,8 @@ def export(
         keep: layers to leave in float32, as patterns of their names (``conv_in``, ``*.attn1.*``). None given, int8 and fp8
             leave those that make much of the error and do little of the work.
         calibration: images whose trajectories the scales of int8 and fp8 are chosen on.
+        max_error: relative error of the median image against float32 that int8 and fp8 may make: where they make more, layers
+            are left in float32, at the evaluations where that helps most (:mod:`mteo_deploy.exporters.search`).
 
     Returns:
         The bundle, opened.
@@ -309,7 +312,7 @@ def export(
     if dynamic is None:
         dynamic = () if len(batch) == 1 else ("batch",)
     realisations = Options.possible(precision) if realisations is None else realisations
-    options = Options(realisations, passes, dynamic, batch, dump_after, dump, precision, keep, calibration)
+    options = Options(realisations, passes, dynamic, batch, dump_after, dump, precision, keep, calibration, max_error)
     if steps is not None and steps < 1:
         raise InputError(f"expected --steps of 1 or more; found {steps}")
     model = Path(model) if isinstance(model, str) else model

@@ -9,7 +9,7 @@ same precision, its scales pooled over all evaluations: it is one graph, and has
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,10 +23,11 @@ from mteo_deploy.exporters.options import Options
 from mteo_deploy.exporters.passes.binding_time import BindingTime, binding_times
 from mteo_deploy.exporters.passes.layers import layers_of
 from mteo_deploy.exporters.passes.precision import Precision
-from mteo_deploy.exporters.passes.quantize import FORMATS, Quantize, declined
+from mteo_deploy.exporters.passes.quantize import FORMATS, Array, Quantize, declined
 from mteo_deploy.exporters.passes.runner import PassReport, run_passes
 from mteo_deploy.exporters.passes.shapes import infer_shapes
 from mteo_deploy.exporters.running import Graphs, Run, Trajectories, Values, available
+from mteo_deploy.exporters.search import search
 from mteo_deploy.exporters.sensitivity import Sensitivity, Switchboard, relative, sensitivity, state_error, work_shares
 from mteo_deploy.exporters.steps import Steps
 
@@ -104,14 +105,26 @@ def _errors(evaluations: list[float], runs: Sequence[Run], held: Trajectories) -
 
     The first is dominated by the few images that a small difference sends elsewhere; the second says what is typical.
     """
-    pairs = [(states[-1], exact[-1]) for states, exact in zip(held.again(runs), held.states, strict=True)]
-    single = [relative([a], [b]) for found, exact in pairs for a, b in zip(found, exact, strict=True)]
+    pairs = _images(runs, held)
     return {
         "evaluations": evaluations,
         "worst": int(np.argmax(evaluations)),
         "images": relative([found for found, _ in pairs], [exact for _, exact in pairs]),
-        "median_image": float(np.median(single)),
+        "median_image": _median(pairs),
     }
+
+
+def median_error(runs: Sequence[Run], held: Trajectories) -> float:
+    """Relative error of the median image of whole trajectories."""
+    return _median(_images(runs, held))
+
+
+def _images(runs: Sequence[Run], held: Trajectories) -> list[tuple[Array, Array]]:
+    return [(states[-1], exact[-1]) for states, exact in zip(held.again(runs), held.states, strict=True)]
+
+
+def _median(pairs: Sequence[tuple[Array, Array]]) -> float:
+    return float(np.median([relative([a], [b]) for found, exact in pairs for a, b in zip(found, exact, strict=True)]))
 
 
 class _WithoutScales(_Lowered):
@@ -164,6 +177,18 @@ class _Calibrated(_Lowered):
         ]
         self.sensitivity = sensitivity(self.boards, self.held, work_shares(steps.baked[0], self.form))
         self.loud = [] if options.keep else self.sensitivity.loud()
+        self.off = self._off()
+
+    def _off(self) -> list[list[str]]:
+        """By evaluation: layers that are left in float32 to meet the limit on the error."""
+        if self.options.max_error is None:
+            return [[] for _ in self.boards]
+
+        def error(on: Sequence[Collection[str]]) -> float:
+            return median_error([board.as_run(layers) for board, layers in zip(self.boards, on, strict=True)], self.held)
+
+        on = search(self.sensitivity, self.loud, self.options.max_error, error)
+        return [[name for name in board.layers if name not in layers] for board, layers in zip(self.boards, on, strict=True)]
 
     def _sample(self, index: int) -> dict[str, Sample]:
         model = self.steps.baked[index]
@@ -180,7 +205,8 @@ class _Calibrated(_Lowered):
 
     def one(self, index: int | None) -> Quantize:
         scales = values_of(self.scales[index]) if index is not None else {}
-        return Quantize(self.form, scales, [*self.options.keep, *self.loud], self._stored)
+        off = self.off[index] if index is not None else []
+        return Quantize(self.form, scales, [*self.options.keep, *self.loud, *off], self._stored)
 
     def feeds(self, index: int) -> Values:
         return self.calibrated.feeds[0][index]
@@ -213,11 +239,13 @@ class _Calibrated(_Lowered):
 
     def report(self) -> dict[str, Any]:
         self.baked()
-        first = self._passes[0]
-        assert isinstance(first, Quantize)  # see one
-        _check_some(first.layers, self.options.precision)
-        on = [name for name, what in first.layers.items() if what.startswith("weight")]
-        one_scale = [board.as_run(on, values_of(self.pooled)) for board in self.boards]
+        layers = [one.layers for one in self._passes if isinstance(one, Quantize)]
+        _check_some(
+            {f"{name} at {i}": what for i, one in enumerate(layers) for name, what in one.items()}, self.options.precision
+        )
+        on = [[name for name, what in one.items() if what.startswith("weight")] for one in layers]
+        pairs = zip(self.boards, on, strict=True)
+        one_scale = [board.as_run(names, values_of(self.pooled)) for board, names in pairs]
         pooled = _errors([state_error(run, self.held, i) for i, run in enumerate(one_scale)], one_scale, self.held)
         return {
             "name": self.options.precision,
@@ -225,7 +253,9 @@ class _Calibrated(_Lowered):
             "errors": self.errors(self.held, self.graphs),
             "pooled": pooled,
             "methods": dict(Counter(scale.method for scales in self.scales for scale in scales.values())),
-            "layers": first.layers | dict.fromkeys(self.loud, "left in float32: loud and cheap"),
+            "layers": layers[0] | dict.fromkeys(self.loud, "left in float32: loud and cheap"),
+            "max_error": self.options.max_error,
+            "left_in_float32": self.off,
             "sensitivity": _table(self.sensitivity),
         }
 

@@ -32,6 +32,7 @@ class Options:
         precision: of the graphs, out of :data:`mteo_deploy.precision.NAMES`.
         keep: layers to leave in float32, as patterns of their names.
         calibration: images whose trajectories scales are chosen on.
+        max_error: of the images against float32, to be met by leaving layers in float32; None for no limit.
     """
 
     realisations: Sequence[str] = NAMES
@@ -43,6 +44,7 @@ class Options:
     precision: str = "fp32"
     keep: Sequence[str] = ()
     calibration: int = 16
+    max_error: float | None = None
 
     def __post_init__(self) -> None:
         for what, found, known in (
@@ -64,6 +66,11 @@ class Options:
             )
         if self.calibration < 1:
             raise InputError(f"expected --calibration of 1 image or more; found {self.calibration}")
+        if self.max_error is not None and (self.precision not in SCALED or self.max_error <= 0):
+            raise InputError(
+                f"expected --max-error above 0 with --precision {' or '.join(SCALED)}; found {self.max_error:g} with "
+                f"{self.precision}"
+            )
         if self.keep and self.precision == "fp32":
             raise InputError("expected --keep with a --precision below fp32; found fp32; leave it out")
         if self.precision in SCALED and "table" in self.realisations:

@@ -185,6 +185,10 @@ def test_emulation_rounds_as_bf16_does() -> None:
         ({"precision": "fp64"}, "expected --precision out of fp32, fp16, bf16, int8, fp8, int4; found 'fp64'"),
         ({"keep": ["conv_in"]}, "expected --keep with a --precision below fp32"),
         ({"precision": "int8"}, "expected --realisation baked or fused with --precision int8"),
+        (
+            {"precision": "fp16", "max_error": 0.1},
+            "expected --max-error above 0 with --precision int8 or fp8; found 0.1 with fp16",
+        ),
         ({"precision": "fp16", "calibration": 0}, "expected --calibration of 1 image or more"),
     ],
 )

@@ -27,6 +27,7 @@ from mteo_deploy.exporters.export import export
 from mteo_deploy.exporters.passes.quantize import FORMATS, Quantize, quantised, rounded, spread, weight_scale
 from mteo_deploy.exporters.passes.runner import run_passes
 from mteo_deploy.exporters.running import Graphs
+from mteo_deploy.exporters.search import order, search
 from mteo_deploy.exporters.sensitivity import Sensitivity, Switchboard, group, sensitivity, work_shares
 from mteo_deploy.sampler import Sampler
 from mteo_deploy.verification import verify
@@ -190,6 +191,26 @@ def test_sensitivity_finds_the_layer_that_saturates() -> None:
     assert cheap.loud() == ["second"]
 
 
+def test_search_takes_what_helps_most_for_its_work() -> None:
+    errors = {"a": [0.4, 0.0], "b": [0.1, 0.1], "c": [0.0, 0.3]}
+    found = Sensitivity({name: [name] for name in errors}, errors, {"a": 0.5, "b": 0.1, "c": 0.4})
+
+    def error(on: Any) -> float:
+        return float(np.sqrt(sum(errors[name][i] ** 2 for i, names in enumerate(on) for name in names)))
+
+    nothing = 1.001 * error([set(errors)] * 2)
+    assert search(found, [], nothing, error) == [set(errors)] * 2
+    for limit in (0.35, 0.2, 0.11):
+        on = search(found, [], limit, error)
+        assert error(on) <= limit
+        loudest = [(name, i) for name, i in order(found) if name not in on[i]][-1]  # with one fewer gone it is too much
+        assert error([{*names, loudest[0]} if i == loudest[1] else names for i, names in enumerate(on)]) > limit
+    assert search(found, [], 0.35, error) == [{"b", "c"}, {"a", "b", "c"}]  # the loud one, at its evaluation alone
+    assert search(found, ["b"], nothing, error) == [{"a", "c"}] * 2
+    with pytest.raises(InputError, match="expected a --max-error that some quantised layer meets; found 1e-06"):
+        search(found, ["a", "b", "c"], 1e-6, error)
+
+
 def test_many_layers_are_measured_by_module() -> None:
     names = [f"blocks.{i}.{part}" for i in range(6) for part in ("q", "k", "v")]
     assert group(names, 100) == {name: [name] for name in names}
@@ -319,6 +340,20 @@ def token_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_embeds_ada_norm=10,
     )
     return save_pipeline(tmp_path_factory.mktemp("tokens") / "dit", redraw(network), DDIMScheduler())
+
+
+def test_a_limit_is_met_layer_by_layer(token_model: Path, tmp_path: Path) -> None:
+    made: dict[str, Any] = {"plain": True, "steps": 2, "realisations": ["baked"], "precision": "int8", "quiet": True}
+
+    def told(limit: float | None) -> dict[str, Any]:
+        bundle = export(tmp_path / "bundle", model=token_model, max_error=limit, **made)
+        return dict(bundle.manifest["compiler"]["precision"])
+
+    free = told(None)
+    limit = 0.5 * free["errors"]["median_image"]
+    limited = told(limit)
+    assert free["left_in_float32"] == [[], []] and any(limited["left_in_float32"])
+    assert 0 < limited["errors"]["median_image"] <= 1.01 * limit  # the graphs' own error, against that of the switched ones
 
 
 @pytest.mark.parametrize("name", ["int8", "int4"])

@@ -43,6 +43,9 @@ from mteo_deploy.commands.common import (
 @click.option(
     "--calibration", default=16, show_default=True, help="Images whose trajectories int8 and fp8 scales are chosen on."
 )
+@click.option(
+    "--max-error", type=float, help="Of the median image, met by leaving layers of int8 or fp8 in fp32, per evaluation."
+)
 @click.option("--dump-after", metavar="PASS", help="Leave each step graph after PASS in OUTPUT.after-PASS/.")
 @click.option("-o", "--output", type=PATH, default=Path("bundle"), show_default=True, help="Bundle directory to write.")
 @json_option
