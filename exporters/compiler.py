@@ -143,11 +143,12 @@ def compile_bundle(
         realisations["fused"] = graphs[-1].entry
         report.advance(task, 1, "fused")
     if "baked" in options.realisations:
-        baked = [write(model, passes, f"step_{i:02}.onnx") for i, (model, passes) in enumerate(zip(*low.baked(), strict=True))]
+        models, reports = low.baked()
+        baked = [write(model, reports[i], f"step_{i:02}.onnx") for i, model in enumerate(models)]
         graphs += baked
         realisations["baked"] = [{**graph.entry, "requests": steps.sources(i, graph.entry)} for i, graph in enumerate(baked)]
         report.advance(task, 1, "baked")
-    prelude = steps.prelude and write(steps.prelude, steps.prelude_passes + low.other(steps.prelude), "prelude.onnx")
+    prelude = _write_prelude(steps, steps.prelude, low, write) if steps.prelude else None
     only_here = WeightFile(directory / "graphs" / "conditioned.bin", parent=weights)
     passes = run_passes(conditioned, [Fold(), Views()]) + low.conditioned(conditioned)
     written = write(conditioned, passes, "conditioned.onnx", only_here)
@@ -159,6 +160,10 @@ def compile_bundle(
         report.advance(task, 1, name)
     ordered = {name: realisations[name] for name in NAMES if name in realisations}
     return Compiled(ordered, written, graphs, prelude, size, steps.site_report(), others, options, told)
+
+
+def _write_prelude(steps: Steps, model: ir.Model, low: Lowering, write: Callable[..., CompiledGraph]) -> CompiledGraph:
+    return write(model, steps.prelude_passes + low.other(model), "prelude.onnx")
 
 
 def _write_part(name: str, model: ir.Model, options: Options, write: Callable[..., CompiledGraph]) -> CompiledGraph:

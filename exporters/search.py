@@ -39,7 +39,7 @@ def search(found: Sensitivity, off: Collection[str], limit: float, error: Callab
 
     def on(count: int) -> On:
         gone = set(ordered[:count])
-        evaluations = len(next(iter(found.errors.values())))
+        evaluations = len(next(iter(found.errors.values()), []))
         groups = [[name for name in found.groups if (name, i) not in gone] for i in range(evaluations)]
         return [{layer for name in names for layer in found.groups[name] if layer not in off} for names in groups]
 
