@@ -143,8 +143,7 @@ def compile_bundle(
         realisations["fused"] = graphs[-1].entry
         report.advance(task, 1, "fused")
     if "baked" in options.realisations:
-        models, reports = low.baked()
-        baked = [write(model, reports[i], f"step_{i:02}.onnx") for i, model in enumerate(models)]
+        baked = [write(model, low.baked()[1][i], f"step_{i:02}.onnx") for i, model in enumerate(low.baked()[0])]
         graphs += baked
         realisations["baked"] = [{**graph.entry, "requests": steps.sources(i, graph.entry)} for i, graph in enumerate(baked)]
         report.advance(task, 1, "baked")
