@@ -68,7 +68,7 @@ def choose(sample: Sample, form: Format, also: Mapping[str, float] | None = None
 
 def squared_error(values: Array, scale: float, form: Format) -> float:
     """Mean squared error of numbers rounded by a scale."""
-    return float(np.mean((rounded(values, np.float32(scale), form) - values) ** 2, dtype=np.float64))
+    return float(np.mean((rounded(values, scale, form) - values) ** 2, dtype=np.float64))
 
 
 def gather(batches: Iterable[Mapping[str, Array]]) -> dict[str, Sample]:

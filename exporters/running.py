@@ -139,4 +139,4 @@ class Trajectories:
         """The states that other step graphs make of the same noise, per batch."""
         pairs = zip(self.feeds, self._crossing, strict=True)
         scale = np.float32(self.steps.plan.initial_scale)
-        return [self.walk(runs, feeds[0]["state"] / scale, crossing) for feeds, crossing in pairs]
+        return [self.walk(runs, (feeds[0]["state"] / scale).astype(np.float32), crossing) for feeds, crossing in pairs]

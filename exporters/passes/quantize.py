@@ -160,7 +160,7 @@ class Quantize(ir.passes.InPlacePass):
     def _input(self, graph: ir.Graph, layer: Layer, scale: float) -> ir.Value:
         value = layer.activation
         if value not in self._inputs:
-            step, zero = self.scale(graph, f"{value.name}/scale", np.float32(scale).reshape(())), self._zero(graph)
+            step, zero = self.scale(graph, f"{value.name}/scale", np.array(scale, np.float32)), self._zero(graph)
             narrow = ir.node("QuantizeLinear", [value, step, zero], name=f"{value.name}/q")
             wide = ir.node("DequantizeLinear", [narrow.outputs[0], step, zero], name=f"{value.name}/dq")
             for node, kind in ((narrow, self.form.type), (wide, ir.DataType.FLOAT)):
