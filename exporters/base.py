@@ -14,7 +14,8 @@ import math
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -24,6 +25,7 @@ import torch
 
 from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.schedulers import noise_levels, scheduler_points
+from mteo_deploy.exporters.weights import load_network
 from mteo_deploy.hub import is_repository, license_of, model_directory
 from mteo_deploy.plan import Plan, compile_plan
 from mteo_deploy.requests import Arrays, Request, draw_all
@@ -92,13 +94,7 @@ class Adapter(ABC, torch.nn.Module):
         Raises:
             InputError: when there are no weights as safetensors that fit it.
         """
-        try:
-            network = cls.network_class.from_pretrained(network_dir, use_safetensors=True, torch_dtype=torch.float32)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise InputError(
-                f"expected {cls.family} weights as safetensors in {network_dir}; {str(error).splitlines()[0]}"
-            ) from None
-        return cls(network, scheduler_config)
+        return cls(load_network(cls.network_class, network_dir), scheduler_config)
 
     def set_size(self, height: int, width: int) -> None:
         """Take states of this size; noise levels that depend on it follow.
@@ -160,6 +156,12 @@ class Adapter(ABC, torch.nn.Module):
 
         The embeddings are the time's alone: what a request adds to them (a class embedding, pooled text) is added here.
         """
+
+    @contextmanager
+    def recomputing_blocks(self) -> Iterator[bool]:
+        """While it lasts, the network keeps nothing of what it computes inside its blocks, and computes it again for the
+        gradient (Chen et al. 2016, arXiv 1604.06174). Gives whether it does so: some networks cannot."""
+        yield False
 
     def compile_plan(self, steps: int, solver: str = "euler", schedule: str | None = None) -> Plan:
         """A plan for this backbone.

@@ -135,7 +135,7 @@ def compile_bundle(
         return CompiledGraph(_write(model, directory, name), passes, removed, refused, counted)
 
     if "table" in options.realisations:  # first: its weights then lie in the file where any other bundle's lie
-        graphs.append(_write_table(steps, low, directory, write))
+        graphs.append(_write_table(steps, low, directory, write, weights))
         realisations["table"] = graphs[-1].entry
         report.advance(task, 1, "table")
     if "fused" in options.realisations:
@@ -171,10 +171,12 @@ def _write_part(name: str, model: ir.Model, options: Options, write: Callable[..
     return write(model, run_passes(model, [*fixed, Fold(), Views()]), f"{name}.onnx")
 
 
-def _write_table(steps: Steps, low: Lowering, directory: Path, write: Callable[..., CompiledGraph]) -> CompiledGraph:
+def _write_table(
+    steps: Steps, low: Lowering, directory: Path, write: Callable[..., CompiledGraph], weights: WeightFile
+) -> CompiledGraph:
     model, table = tabulate(steps.alike)
     passes = steps.alike_passes[0] + low.other(model)
-    content = content_hash(model)
+    content = content_hash(model, weights)
     graph = write(model, passes, "table.onnx")
     save_file({"table": table}, directory / TABLES)
     (directory / TABLES).chmod(0o644)  # safetensors writes for the owner only

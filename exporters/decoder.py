@@ -13,6 +13,7 @@ import diffusers
 import torch
 
 from mteo_deploy.errors import InputError
+from mteo_deploy.exporters.weights import load_network
 
 CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 
@@ -64,10 +65,7 @@ def load_decoder(directory: Path, cls: str, channels: int) -> Decoder:
     Raises:
         InputError: for weights that do not fit, or latents of another number of channels.
     """
-    try:
-        vae = getattr(diffusers, cls).from_pretrained(directory, use_safetensors=True, torch_dtype=torch.float32)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"expected {cls} weights as safetensors in {directory}; {str(error).splitlines()[0]}") from None
+    vae = load_network(getattr(diffusers, cls), directory)
     if vae.config.latent_channels != channels:
         raise InputError(
             f"expected a VAE of {channels} latent channels, as the backbone has; {directory} has {vae.config.latent_channels}; "

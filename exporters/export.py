@@ -74,7 +74,8 @@ def _reference(adapter: Adapter, embeddings: EmbeddingSet, pipeline: Pipeline, p
 def _decoded(decoder: Decoder, found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """``images`` ``[count, 3, ...]`` of the first of the last states, of each size."""
     last = {name.removesuffix("states"): values[-1] for name, values in found.items() if name.endswith("states")}
-    return {f"{size}images": decoder(latents[:DECODED_COUNT]) for size, latents in last.items()}
+    each = {size: [decoder(one) for one in latents[:DECODED_COUNT].split(1)] for size, latents in last.items()}
+    return {f"{size}images": torch.cat(images) for size, images in each.items()}
 
 
 def _encoded(encoder: TextEncoder) -> dict[str, torch.Tensor]:
@@ -91,19 +92,36 @@ def _torch_trajectory(
     requests: Mapping[str, torch.Tensor],
     count: int = REFERENCE_COUNT,
 ) -> dict[str, torch.Tensor]:
-    """``noise [count, *shape]``; ``states`` and ``kept`` ``[evaluations, count, *shape]`` of the torch sampler."""
+    """``noise [count, *shape]``; ``states`` and ``kept`` ``[evaluations, count, *shape]`` of the torch sampler, image by image:
+    what lies between the layers of a large network is much for several."""
     noise = torch.from_numpy(noise_for(shape, REFERENCE_SEED, range(count)))
-    plan, kept = embeddings.plan, []
+    values = [_embeddings_at(adapter, embeddings, i) for i in range(len(embeddings.plan.evaluations))]
+    rows = [[torch.from_numpy(one[site.name]) for site in adapter.sites] for one in values]
+    found = []
+    for image in range(count):
+        given = {name: value[image : image + 1] for name, value in requests.items()}
+        found.append(_states_and_kept(adapter, embeddings.plan, noise[image : image + 1], rows, given))
+    states, kept = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+    return {"noise": noise, "states": states, "kept": kept}
+
+
+def _states_and_kept(
+    adapter: Adapter,
+    plan: Plan,
+    noise: torch.Tensor,
+    embeddings: Sequence[Sequence[torch.Tensor]],
+    requests: Mapping[str, torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    kept: list[torch.Tensor] = []
 
     def network(i: int, state: torch.Tensor) -> torch.Tensor:
-        values = _embeddings_at(adapter, embeddings, i)
-        output = adapter(state, *[torch.from_numpy(values[site.name]) for site in adapter.sites], **requests)
+        output = adapter(state, *embeddings[i], **requests)
         row = plan.evaluations[i]
         kept.append(row.keep_output * output + row.keep_state * state)
         return output
 
-    states = run(plan, noise, network)
-    return {"noise": noise, "states": torch.stack(list(states)), "kept": torch.stack(kept)}
+    states = torch.stack(list(run(plan, noise, network)))
+    return states, torch.stack(kept)
 
 
 def _other_size(adapter: Adapter, dynamic: Collection[str]) -> tuple[int, ...]:

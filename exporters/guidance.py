@@ -8,6 +8,8 @@ whatever is cut off such a batch is a row for each image again, with both branch
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -49,6 +51,11 @@ class GuidedAdapter(Adapter):
     def embeddings(self, timestep: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return self._inner[0].embeddings(timestep)
 
+    @contextmanager
+    def recomputing_blocks(self) -> Iterator[bool]:
+        with self._inner[0].recomputing_blocks() as found:
+            yield found
+
     def compile_plan(self, *args: Any, **options: Any) -> Plan:
         return self._inner[0].compile_plan(*args, **options)
 
@@ -78,7 +85,7 @@ def _null_labels(inner: Adapter, null_class: int | None) -> dict[str, int]:
     """For each input of classes that the adapter does not settle, or that the caller does, the label of no class."""
     if not inner.requests:
         raise InputError(f"expected a backbone with classes or prompts for guidance; found an unconditional {inner.family}")
-    classes = [request for request in inner.requests if request.high is not None and not request.shape]  # a mask is no class
+    classes = [request for request in inner.requests if request.high is not None and not request.mask]
     if null_class is not None and not classes:
         raise InputError(f"expected --null-class for a backbone with classes; found a {inner.family} without; leave it out")
     for request in classes:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from mteo_deploy.exporters.base import Adapter, Site
 
@@ -37,9 +38,13 @@ class HookedAdapter(Adapter):
 
     A subclass calls :meth:`add_site` for each, and :meth:`silence` where requests add to the embedding; it says what the
     pretrained embeddings are (``embeddings``) and how the network is called (:meth:`call`).
+
+    Attributes:
+        blocks_stand_alone: a block can be computed again after the network was called; not where :meth:`call` changes how.
     """
 
     network: Any
+    blocks_stand_alone: bool = True
 
     def __init__(self, network: Any, scheduler_config: dict[str, Any]) -> None:
         super().__init__(network, scheduler_config)
@@ -81,11 +86,31 @@ class HookedAdapter(Adapter):
 
     @contextmanager
     def _giving(self, embeddings: Sequence[torch.Tensor]) -> Iterator[None]:
-        self._given = tuple(embeddings)
+        before, self._given = self._given, tuple(embeddings)
         try:
             yield
         finally:
-            self._given = ()
+            self._given = before
+
+    @contextmanager
+    def recomputing_blocks(self) -> Iterator[bool]:
+        if not (self.blocks_stand_alone and getattr(self.network, "_supports_gradient_checkpointing", False)):
+            yield False
+            return
+        self.network.enable_gradient_checkpointing(self._checkpoint)
+        try:
+            yield True
+        finally:
+            self.network.disable_gradient_checkpointing()
+
+    def _checkpoint(self, block: Callable[..., Any], *args: Any) -> Any:
+        """Call a block, and again for its gradient, when the adapter's call is over: with the same embeddings at its sites."""
+        given = self._given
+
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            return nullcontext(), self._giving(given)
+
+        return checkpoint(block, *args, use_reentrant=False, context_fn=contexts)
 
     @abstractmethod
     def call(self, state: torch.Tensor, requests: dict[str, torch.Tensor]) -> torch.Tensor:

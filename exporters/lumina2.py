@@ -37,6 +37,7 @@ class Lumina2Adapter(HookedAdapter):
 
     family = "Lumina2Transformer2DModel"
     network_class = Lumina2Transformer2DModel
+    blocks_stand_alone = False  # RealRotations lasts as long as the call
     network: Lumina2Transformer2DModel
     tokens: int
 
@@ -72,7 +73,7 @@ class Lumina2Adapter(HookedAdapter):
             )
         self.tokens = tokens
         prompt = Request("encoder_hidden_states", "float32", (tokens, int(self.network.config.cap_feat_dim)))
-        self.requests = (prompt, Request("encoder_attention_mask", "int64", (tokens,), high=2))
+        self.requests = (prompt, Request("encoder_attention_mask", "int64", (tokens,), high=2, mask=True))
         self._place()
 
     def _place(self) -> None:

@@ -50,7 +50,7 @@ class PixArtAdapter(SharedProjectionAdapter):
         self.tokens, config = tokens, self.network.config
         width = int(config.caption_channels or config.cross_attention_dim)
         prompt = Request("encoder_hidden_states", "float32", (tokens, width))
-        self.requests = (prompt, Request("encoder_attention_mask", "int64", (tokens,), high=2))
+        self.requests = (prompt, Request("encoder_attention_mask", "int64", (tokens,), high=2, mask=True))
         if self.network.use_additional_conditions:
             self.requests += (Request("resolution", "float32", (2,)), Request("aspect_ratio", "float32", (1,)))
 

@@ -34,6 +34,7 @@ class QwenImageAdapter(HookedAdapter):
 
     family = "QwenImageTransformer2DModel"
     network_class = QwenImageTransformer2DModel
+    blocks_stand_alone = False  # RealRotations lasts as long as the call
     network: QwenImageTransformer2DModel
     patch_size = fixed_multiple = 2
     tokens: int
@@ -65,7 +66,7 @@ class QwenImageAdapter(HookedAdapter):
     def set_tokens(self, tokens: int) -> None:
         self.tokens = tokens
         prompt = Request("encoder_hidden_states", "float32", (tokens, int(self.network.config.joint_attention_dim)))
-        self.requests = (prompt, Request("encoder_hidden_states_mask", "int64", (tokens,), high=2))
+        self.requests = (prompt, Request("encoder_hidden_states_mask", "int64", (tokens,), high=2, mask=True))
         self._place()
 
     @property

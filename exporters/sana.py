@@ -46,7 +46,7 @@ class SanaAdapter(SharedProjectionAdapter):
     def set_tokens(self, tokens: int) -> None:
         self.tokens = tokens
         prompt = Request("encoder_hidden_states", "float32", (tokens, int(self.network.config.caption_channels)))
-        self.requests = (prompt, Request("encoder_attention_mask", "int64", (tokens,), high=2))
+        self.requests = (prompt, Request("encoder_attention_mask", "int64", (tokens,), high=2, mask=True))
 
     def embeddings(self, timestep: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return super().embeddings(timestep * float(self.network.config.timestep_scale))

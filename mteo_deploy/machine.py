@@ -47,6 +47,55 @@ def peak_bytes() -> int | None:
 
 
 @dataclass(frozen=True)
+class Watched:
+    """What a process took.
+
+    Attributes:
+        status: what it ended with.
+        processor: seconds of processor time, of all its threads, where the platform tells.
+        peak: the most bytes that it had resident, mapped files included.
+        anonymous: the most that it had of its own, which the system cannot drop and read again, as far as one looks.
+    """
+
+    status: int
+    seconds: float
+    processor: float
+    peak: int
+    anonymous: int
+
+
+def watch(command: list[str], interval: float = 0.01) -> Watched:
+    """Run a command and look at its memory (Linux, ``/proc/<pid>/status``); its output goes where ours does.
+
+    Raises:
+        EngineError: where the platform does not tell.
+    """
+    if not Path("/proc/self/status").exists():
+        raise EngineError("expected Linux, which tells another process's memory; found another platform")
+    clock, found = time.monotonic(), {"VmHWM": 0, "RssAnon": 0}
+    process = subprocess.Popen(command)
+    while True:
+        for name, value in _memory(process.pid).items():
+            found[name] = max(found[name], value)
+        ended, status, usage = os.wait4(process.pid, os.WNOHANG)
+        if ended:
+            process.returncode = os.waitstatus_to_exitcode(status)
+            processor = usage.ru_utime + usage.ru_stime
+            return Watched(process.returncode, time.monotonic() - clock, processor, found["VmHWM"], found["RssAnon"])
+        time.sleep(interval)
+
+
+def _memory(pid: int) -> dict[str, int]:
+    """``VmHWM`` and ``RssAnon`` of a process in bytes; none of one that has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return {}
+    pairs = (line.split(":", 1) for line in lines if line.startswith(("VmHWM:", "RssAnon:")))
+    return {name: 1024 * int(value.split()[0]) for name, value in pairs}
+
+
+@dataclass(frozen=True)
 class EnergyCounter:
     """Counters of the processor packages' energy, in microjoules (Linux, ``powercap``, Intel's and AMD's RAPL).
 

@@ -29,6 +29,8 @@ class Request:
         high: for integers, one more than the largest value; what it may be otherwise is not known here, so a backbone learns
             from values that its user has.
         default: what it is, everywhere in ``shape``, where nobody gives it; None where it must be given.
+        mask: it says which tokens of a prompt are there, 1 for each of them and then 0 for the padding; other integers are
+            classes.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Request:
     shape: tuple[int, ...] = ()
     high: int | None = None
     default: float | None = None
+    mask: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -50,15 +53,19 @@ class Request:
         try:
             high = None if data["high"] is None else int(data["high"])
             default = None if data.get("default") is None else float(data["default"])
-            return cls(str(data["name"]), str(np.dtype(data["dtype"])), tuple(int(d) for d in data["shape"]), high, default)
+            shape, mask = tuple(int(d) for d in data["shape"]), bool(data.get("mask", False))
+            return cls(str(data["name"]), str(np.dtype(data["dtype"])), shape, high, default, mask)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise BundleError(f"expected a request input with name, dtype, shape and high ({error!r}); export again") from None
 
     def draw(self, count: int, seed: int) -> NDArray[Any]:
-        """Values ``[count, *shape]``: the default, else random: integers below ``high``, or standard normal."""
+        """Values ``[count, *shape]``: the default, else random: prompts of 1 token or more, classes, or standard normal."""
         if self.default is not None:
             return np.full((count, *self.shape), self.default, self.dtype)
         generator = np.random.default_rng([seed, *self.name.encode()])
+        if self.mask:
+            lengths = generator.integers(1, self.shape[-1] + 1, size=(count, *self.shape[:-1], 1))
+            return (np.arange(self.shape[-1]) < lengths).astype(self.dtype)
         if self.high is not None:
             return generator.integers(self.high, size=(count, *self.shape)).astype(self.dtype)
         return generator.standard_normal((count, *self.shape)).astype(self.dtype)

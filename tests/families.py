@@ -14,6 +14,9 @@ from helpers import Array, relative
 
 from mteo_deploy import plan as plans
 from mteo_deploy.bundle import Bundle
+from mteo_deploy.distillation import Recipe
+from mteo_deploy.distillation.student import Student
+from mteo_deploy.distillation.training import recomputing
 from mteo_deploy.exporters.base import Adapter
 from mteo_deploy.plan import Plan
 from mteo_deploy.sampler import Sampler, noise_for
@@ -85,3 +88,33 @@ def random_requests(adapter: Adapter, rows: int, path: Path) -> Path:
     """An npz file of request inputs to learn from."""
     np.savez(path, **{name: values.numpy() for name, values in adapter.draw_requests(rows, 3).items()})
     return path
+
+
+def gradient(adapter: Adapter, checkpointing: bool, seed: int = 5) -> tuple[torch.Tensor, int]:
+    """Of the mean square of a student's image, with respect to its deltas; and the bytes that were kept for it."""
+    student = Student(adapter, adapter.compile_plan(2), Recipe(checkpointing=checkpointing))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        student.delta.normal_(std=0.1, generator=generator)
+    noise, kept = torch.randn(2, *adapter.sample_shape, generator=generator), {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with recomputing(student), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        student(noise, adapter.draw_requests(2, 1))[-1].square().mean().backward()
+    assert student.delta.grad is not None
+    return student.delta.grad, sum(kept.values())
+
+
+def check_checkpointing(adapter: Adapter, by_block: bool) -> None:
+    """Computed again, the gradient is the same, and much less was kept for it: block by block where the network can."""
+    with adapter.recomputing_blocks() as found:
+        assert found == by_block
+    expected, whole = gradient(adapter, checkpointing=False)
+    found, part = gradient(adapter, checkpointing=True)
+    assert float(expected.abs().max()) > 1e-4
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+    assert part < 0.5 * whole
+    assert torch.equal(gradient(adapter, checkpointing=False)[0], expected)  # and the network is left as it was

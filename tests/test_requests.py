@@ -256,3 +256,20 @@ def test_other_class_embeddings_are_refused(tmp_path: Path) -> None:
     DDPMPipeline(unet=network, scheduler=DDPMScheduler()).save_pretrained(tmp_path / "model")
     with pytest.raises(InputError, match="found class_embed_type 'identity'"):
         load_backbone(tmp_path / "model")
+
+
+MASK = Request("encoder_attention_mask", "int64", (7,), high=2, mask=True)
+
+
+def test_a_mask_is_drawn_as_prompts_have_them() -> None:
+    """Tokens first, one at least, then padding; of many lengths."""
+    found = MASK.draw(64, 0)
+    assert found.dtype == np.int64 and set(np.unique(found)) == {0, 1}
+    assert (np.diff(found, axis=1) <= 0).all() and (found[:, 0] == 1).all()
+    assert set(found.sum(axis=1)) == set(range(1, 8))
+
+
+def test_a_mask_says_so_in_a_bundle() -> None:
+    assert Request.from_json(MASK.to_json()) == MASK
+    older = {name: value for name, value in LABELS.to_json().items() if name != "mask"}
+    assert Request.from_json(older) == LABELS and not LABELS.mask

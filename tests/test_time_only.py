@@ -29,7 +29,16 @@ from diffusers import (
 )
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb_qwen
-from families import engine_error, ordinary_states, parameters_of, random_requests, redraw, save_pipeline, step_weights
+from families import (
+    check_checkpointing,
+    engine_error,
+    ordinary_states,
+    parameters_of,
+    random_requests,
+    redraw,
+    save_pipeline,
+    step_weights,
+)
 from helpers import failed, relative
 from onnx.reference import ReferenceEvaluator
 
@@ -255,7 +264,7 @@ exported = pytest.mark.parametrize("model", EXPORTED, indirect=True)
 
 def prompts(adapter: Adapter, count: int, seed: int) -> Requests:
     """Random request inputs; a mask has tokens first and then padding, another number of them in each row."""
-    masks = {r.name: (torch.arange(TOKENS) < 2 + torch.arange(count)[:, None]).long() for r in adapter.requests if r.high}
+    masks = {r.name: (torch.arange(TOKENS) < 2 + torch.arange(count)[:, None]).long() for r in adapter.requests if r.mask}
     return adapter.draw_requests(count, seed) | masks
 
 
@@ -341,6 +350,11 @@ def test_distill_lowers_the_error(model: Path, adapter: Adapter, tmp_path: Path)
     prompts = random_requests(adapter, 5, tmp_path / "prompts.npz")
     found = distill(adapter, tmp_path / "e.safetensors", steps=2, recipe=recipe, requests=prompts, quiet=True)
     assert found.training["error_after"] < found.training["error_before"]
+
+
+@every
+def test_checkpointing(model: Path, adapter: Adapter) -> None:
+    check_checkpointing(adapter, by_block=model.name not in ("qwen-image", "lumina2"))
 
 
 @pytest.mark.parametrize("model", ["cogvideox-2b"], indirect=True)

@@ -22,6 +22,7 @@ from diffusers import (
     SD3Transformer2DModel,
 )
 from families import (
+    check_checkpointing,
     engine_error,
     ordinary_states,
     parameters_of,
@@ -299,6 +300,11 @@ def test_distill_lowers_the_error(model: Path, adapter: Adapter, tmp_path: Path)
     prompts = random_requests(adapter, 5, tmp_path / "prompts.npz")
     found = distill(adapter, tmp_path / "e.safetensors", steps=2, recipe=recipe, requests=prompts, quiet=True)
     assert found.training["error_after"] < found.training["error_before"]
+
+
+@every
+def test_checkpointing(adapter: Adapter) -> None:
+    check_checkpointing(adapter, by_block=True)
 
 
 @pytest.mark.parametrize("model", ["flux-dev"], indirect=True)

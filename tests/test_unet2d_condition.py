@@ -12,6 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from diffusers import DDIMScheduler, UNet2DConditionModel
+from families import check_checkpointing
 from helpers import relative
 
 from mteo_deploy import plan as plans
@@ -22,6 +23,7 @@ from mteo_deploy.engines.build import build
 from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.base import Adapter, load_backbone
 from mteo_deploy.exporters.export import export, pretrained_set
+from mteo_deploy.exporters.guidance import guided
 from mteo_deploy.exporters.unet2d_condition import UNet2DConditionAdapter
 from mteo_deploy.realisations import NAMES
 from mteo_deploy.sampler import Sampler, noise_for
@@ -123,6 +125,11 @@ def test_the_prompt_is_read_once_per_request(bundle: Path, adapter: Adapter) -> 
 def test_verify(bundle: Path) -> None:
     report = verify(bundle, seconds=0, quiet=True)
     assert report.passed, [check for check in report.checks if not check.passed]
+
+
+def test_checkpointing(adapter: Adapter) -> None:
+    check_checkpointing(adapter, by_block=True)
+    check_checkpointing(guided(adapter, 3.0), by_block=True)
 
 
 def test_distill_learns_from_given_prompts(model: Path, adapter: Adapter, tmp_path: Path) -> None:

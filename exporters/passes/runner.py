@@ -16,8 +16,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from mteo_deploy.errors import InputError
-from mteo_deploy.exporters.evaluate import evaluate
-from mteo_deploy.exporters.passes.share import SHAPES
+from mteo_deploy.exporters.evaluate import evaluate, without_weights
 
 Feeds = Mapping[str, NDArray[Any]]
 TOLERANCE = 1e-4
@@ -59,19 +58,7 @@ class PassReport:
 
 def check(model: ir.Model, after: str) -> None:
     """Full ``onnx.checker`` run (order, types, shape inference) on the graph's structure, without its large tensors."""
-    light = model.clone()
-    for value in light.graph.initializers.values():
-        tensor = value.const_value
-        if tensor is not None and tensor.nbytes >= 64 and tensor.dtype not in SHAPES:
-            value.const_value = ir.ExternalTensor(
-                "unused", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape), name=value.name
-            )
-    for value in list(light.graph.initializers.values()):
-        if isinstance(value.const_value, ir.ExternalTensor):  # the checker opens external files: make them inputs
-            value.shape, value.dtype = ir.Shape(value.const_value.shape), value.const_value.dtype
-            del light.graph.initializers[value.name]
-            value.const_value = None
-            light.graph.inputs.append(value)
+    light, _ = without_weights(model, low=True)
     try:
         onnx.checker.check_model(ir.to_proto(light), full_check=True)
     except Exception as error:

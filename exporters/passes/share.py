@@ -19,24 +19,32 @@ class WeightFile:
     def __init__(self, path: Path, parent: WeightFile | None = None) -> None:
         self.path, self.parent = path, parent
         self.places: dict[str, tuple[str, int, int]] = {}
+        self._digests: dict[int, tuple[ir.TensorProtocol, str]] = parent._digests if parent else {}
         path.touch()
+
+    def digest(self, tensor: ir.TensorProtocol) -> str:
+        """SHA-256 of a tensor's type and bytes, computed once for each object: the graphs of a bundle have theirs in common."""
+        if id(tensor) not in self._digests:
+            found = hashlib.sha256(f"{tensor.dtype}".encode())
+            found.update(tensor.tobytes())
+            self._digests[id(tensor)] = tensor, found.hexdigest()  # with the object, or another could take its id
+        return self._digests[id(tensor)][1]
 
     def place(self, tensor: ir.TensorProtocol) -> tuple[str, int, int]:
         """``(file name, offset, length)`` of the tensor's bytes, written if no file of the chain holds them yet."""
-        data = tensor.tobytes()
-        digest = hashlib.sha256(f"{tensor.dtype}".encode() + data).hexdigest()
+        digest = self.digest(tensor)
         if self.parent is not None and digest in self.parent.places:
             return self.parent.places[digest]
         if digest not in self.places:
             with self.path.open("ab") as file:
                 file.write(b"\0" * (-file.tell() % ALIGNMENT))
-                self.places[digest] = (self.path.name, file.tell(), len(data))
-                file.write(data)
+                self.places[digest] = (self.path.name, file.tell(), tensor.nbytes)
+                file.write(tensor.tobytes())
         return self.places[digest]
 
 
-def content_hash(model: ir.Model) -> str:
-    """SHA-256 over nodes, inputs, outputs and the contents of every initialiser: what an engine is built from."""
+def content_hash(model: ir.Model, weights: WeightFile) -> str:
+    """SHA-256 over nodes, inputs, outputs and the digest of every initialiser: what an engine is built from."""
     graph, digest = model.graph, hashlib.sha256()
     for value in [*graph.inputs, *graph.outputs]:
         digest.update(f"{value.name} {value.dtype} {value.shape}".encode())
@@ -44,7 +52,7 @@ def content_hash(model: ir.Model) -> str:
         digest.update(ir.to_proto(node).SerializeToString(deterministic=True))
     for name, value in sorted(graph.initializers.items()):
         if value.const_value is not None:
-            digest.update(f"{name} {value.const_value.dtype} {value.const_value.shape}".encode() + value.const_value.tobytes())
+            digest.update(f"{name} {value.const_value.shape} {weights.digest(value.const_value)}".encode())
     return digest.hexdigest()
 
 

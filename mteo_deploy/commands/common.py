@@ -75,6 +75,13 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def parse_bytes(option: str, text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?", text)
+    if found is None:
+        raise InputError(f"expected {option} as a number of bytes, e.g. 20GB or 500MB; found {text!r}")
+    return int(float(found[1]) * 1000 ** " kMGT".index(found[2] or " "))
+
+
 def open_backbone(model: Path | None, adapter: str | None, size: str | None, tokens: int | None) -> Any:
     """What ``--model`` and the options beside it name: a path, None for the packaged backbone, or one opened as they say."""
     if adapter is None and size is None and tokens is None:

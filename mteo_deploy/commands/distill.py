@@ -14,6 +14,7 @@ from mteo_deploy.commands.common import (
     json_option,
     null_class_option,
     open_backbone,
+    parse_bytes,
     quiet_option,
     split_names,
     verb,
@@ -32,6 +33,10 @@ from mteo_deploy.commands.common import (
 @click.option("--lr", type=float, default=0.05, show_default=True, help="Adam's learning rate, decayed by a cosine.")
 @click.option("--seed", type=int, default=1_000_000, show_default=True)
 @click.option("--bf16", is_flag=True, help="Train under bf16 autocast.")
+@click.option(
+    "--weights", default="fp32", show_default=True, help="The backbone's, while training: fp32, or bf16 (half the memory)."
+)
+@click.option("--checkpointing", is_flag=True, help="Compute activations again for the gradient instead of keeping them.")
 @click.option("--requests", type=PATH, help="npz to learn from: what the backbone wants beside the noise, [rows, ...] each.")
 @click.option("--prompts", type=PATH, help="In its place: a file with a prompt on each line, for a pipeline's text encoders.")
 @click.option("--teacher", default="heun", show_default=True, help="Solver of the reference trajectories.")
@@ -41,7 +46,8 @@ from mteo_deploy.commands.common import (
 @click.option("--loss", default="squared", show_default=True, help="squared or pseudo-huber.")
 @click.option("--learn", default="", help="Of the plan, too: points, coefficients, by comma [default: neither].")
 @click.option("--init", type=PATH, help="Embedding set to start from, perhaps another backbone's.")
-@click.option("--cache", type=PATH, help="Directory that keeps reference trajectories for the next run.")
+@click.option("--cache", type=PATH, help="Directory that keeps reference trajectories, not in memory, also for the next run.")
+@click.option("--reference-limit", help="The most that reference trajectories may take, e.g. 20GB, in --cache or in memory.")
 @click.option("--device", help="cpu or cuda [default: what torch has].")
 @click.option("--guidance-scale", type=float, help="Learn under classifier-free guidance of this scale: docs/guidance.md.")
 @null_class_option
@@ -62,6 +68,7 @@ def distill(
     learn: str,
     init: Path | None,
     cache: Path | None,
+    reference_limit: str | None,
     device: str | None,
     guidance_scale: float | None,
     null_class: int | None,
@@ -92,6 +99,7 @@ def distill(
         prompts=prompts,
         init=init,
         cache=cache,
+        reference_limit=None if reference_limit is None else parse_bytes("--reference-limit", reference_limit),
         device=device,
         guidance_scale=guidance_scale,
         null_class=null_class,

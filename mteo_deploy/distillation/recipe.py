@@ -13,6 +13,7 @@ SHARES = ("none", "step", "time")
 OBJECTIVES = ("end-to-end", "stepwise")
 LOSSES = ("squared", "pseudo-huber")
 LEARNABLE = ("points", "coefficients")
+WEIGHTS = ("fp32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,10 @@ class Recipe:
         teacher_evaluations: evaluations of the reference trajectory, at least, in a whole number of intervals inside each
             interval of the plan; None for about 36.
         bf16: run the backbone under bf16 autocast while training (the reference is always float32).
+        weights: what the backbone's weights are while training: ``fp32``, or ``bf16``, half the memory; what is learned stays
+            float32, and so do the reference and the errors in the report.
+        checkpointing: keep nothing of what the backbone computes, and compute it again for the gradient: block by block, or,
+            for networks that cannot, evaluation by evaluation.
         share: what is learned for an evaluation: ``none``, a vector for each site (MTEO); ``step``, one vector for all sites;
             ``time``, one number, the time at which the pretrained embedding is taken.
         objective: ``end-to-end``, the loss on the image through all evaluations; ``stepwise``, that of each step from the
@@ -50,6 +55,8 @@ class Recipe:
     teacher_evaluations: int | None = None
     seed: int = 1_000_000
     bf16: bool = False
+    weights: str = "fp32"
+    checkpointing: bool = False
     share: str = "none"
     objective: str = "end-to-end"
     loss: str = "squared"
@@ -70,10 +77,16 @@ class Recipe:
             ("--objective", [self.objective], OBJECTIVES),
             ("--loss", [self.loss], LOSSES),
             ("--learn", self.learn, LEARNABLE),
+            ("--weights", [self.weights], WEIGHTS),
         ):
             if wrong := [name for name in found if name not in known]:
                 raise InputError(f"expected {option} out of {', '.join(known)}; found {wrong[0]!r}")
         solvers.get(self.teacher)
+        if self.weights != "fp32" and (self.share == "time" or "points" in self.learn):
+            raise InputError(
+                "expected --weights fp32 with --share time or --learn points, which need the pretrained embedding at other "
+                f"times, in float32, as they learn; found {self.weights}; pass --bf16 for faster layers"
+            )
         self._check_points()
 
     def _check_points(self) -> None:

@@ -13,8 +13,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mteo_deploy.distillation.losses import Features
 from mteo_deploy.distillation.parallel import Processes, device_of
+from mteo_deploy.distillation.placement import placed
 from mteo_deploy.distillation.recipe import DEFAULT, Recipe
 from mteo_deploy.distillation.student import Student
 from mteo_deploy.distillation.training import error, train
@@ -86,6 +89,7 @@ def distill(
     guidance_scale: float | None = None,
     null_class: int | None = None,
     prompts: Path | str | Sequence[str] | None = None,
+    reference_limit: int | None = None,
     quiet: bool = False,
 ) -> EmbeddingSet:
     """Learn an embedding set and write it to ``output``.
@@ -105,12 +109,14 @@ def distill(
             this one's before it was trained further.
         features: images ``[batch, channels, height, width]`` to features, differentiable and on ``device``, whose squared error
             counts with the recipe's ``feature_weight``.
-        cache: a directory that keeps reference trajectories for runs that share them; None: nothing is kept.
+        cache: a directory that keeps reference trajectories for runs that share them, mapped, not in memory; None: nothing is
+            kept.
         device: ``cpu`` or ``cuda``; None for what torch has.
         guidance_scale: of classifier-free guidance, in the reference trajectories as in what is learned; None for none.
         null_class: the label of no class, where the backbone does not know its own.
         prompts: in place of ``requests``, for a pipeline with CLIP text encoders: a file with a prompt on each line, or the
             texts; under guidance the negative branch gets the empty prompt (SDXL: zeros, where the pipeline says so).
+        reference_limit: bytes that reference trajectories may take: in ``cache``, with those that are there, or in memory.
 
     Returns:
         The set; its ``training`` holds the parameters trained, the time, and the error before and after.
@@ -130,56 +136,59 @@ def distill(
     if prompts is not None and requests is not None:
         raise InputError("expected --prompts or --requests; found both; leave one out")
     given = _requests(adapter, requests if prompts is None else prompt_requests(adapter, prompts))
-    adapter.to(processes.device)
-    student = Student(adapter, plan, recipe)
-    begun = _record(init, student)
-    guidance = None if guidance_scale is None else {"scale": guidance_scale, "null_class": null_class}
-    depends = [fingerprint, plan.to_json(), asdict(recipe), digest(given), begun, feature_name, guidance]
-    key = json.dumps(depends, sort_keys=True)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint = output.with_suffix(".checkpoint.safetensors")
-    held_out = max(16, recipe.trajectories // 8)
-    substeps = recipe.substeps(plan)
-    with reporter(quiet or not processes.main) as report:
-        task = report.task("reference trajectories", (recipe.trajectories + held_out) // processes.count)
-        clock = time.monotonic()
-        everything = reference_trajectories(
-            adapter,
-            plan,
-            count=recipe.trajectories + held_out,
-            seed=recipe.seed,
-            batch=recipe.batch,
-            substeps=substeps,
-            progress=lambda n: report.advance(task, n),
-            given=given,
-            teacher=recipe.teacher,
-            processes=processes,
-            cache=None if cache is None else Path(cache),
-        )
-        reference_seconds = time.monotonic() - clock
-        learn_from, test = everything.take(slice(held_out, None)), everything.take(slice(held_out))
-        before = error(student, test, recipe.batch, processes.device)
-        seconds = train(student, learn_from, checkpoint, key, report, processes, features)
-        after = error(student, test, recipe.batch, processes.device)
-    count = sum(parameter.numel() for parameter in student.parameters())
-    training = {
-        "recipe": asdict(recipe),
-        "guidance": guidance,
-        "reference": {
-            "solver": recipe.teacher,
-            "evaluations": len(reference_plan(plan, adapter.levels, substeps, recipe.teacher).evaluations),
-            "seconds": round(reference_seconds, 1),
-        },
-        "parameters": count,
-        "share_of_backbone": count / adapter.parameter_count,
-        "seconds": round(seconds, 1),
-        "processes": processes.count,
-        "error_before": before,
-        "error_after": after,
-    }
-    if begun is not None:
-        training["init"] = begun
-    result = EmbeddingSet(student.deltas(), student.plan, fingerprint, training)
+    with placed(adapter, processes.device) as use:
+        student = Student(adapter, plan, recipe)
+        begun = _record(init, student)
+        guidance = None if guidance_scale is None else {"scale": guidance_scale, "null_class": null_class}
+        depends = [fingerprint, plan.to_json(), asdict(recipe), digest(given), begun, feature_name, guidance]
+        key = json.dumps(depends, sort_keys=True)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint = output.with_suffix(".checkpoint.safetensors")
+        held_out = max(16, recipe.trajectories // 8)
+        substeps = recipe.substeps(plan)
+        with reporter(quiet or not processes.main) as report:
+            task = report.task("reference trajectories", (recipe.trajectories + held_out) // processes.count)
+            clock = time.monotonic()
+            everything = reference_trajectories(
+                adapter,
+                plan,
+                count=recipe.trajectories + held_out,
+                seed=recipe.seed,
+                batch=recipe.batch,
+                substeps=substeps,
+                progress=lambda n: report.advance(task, n),
+                given=given,
+                teacher=recipe.teacher,
+                processes=processes,
+                cache=None if cache is None else Path(cache),
+                limit=reference_limit,
+            )
+            reference_seconds = time.monotonic() - clock
+            learn_from, test = everything.take(slice(held_out, None)), everything.take(slice(held_out))
+            before = error(student, test, recipe.batch, processes.device)
+            use(torch.bfloat16 if recipe.weights == "bf16" else torch.float32)
+            seconds = train(student, learn_from, checkpoint, key, report, processes, features)
+            use(torch.float32)
+            after = error(student, test, recipe.batch, processes.device)
+        count = sum(parameter.numel() for parameter in student.parameters())
+        training = {
+            "recipe": asdict(recipe),
+            "guidance": guidance,
+            "reference": {
+                "solver": recipe.teacher,
+                "evaluations": len(reference_plan(plan, adapter.levels, substeps, recipe.teacher).evaluations),
+                "seconds": round(reference_seconds, 1),
+            },
+            "parameters": count,
+            "share_of_backbone": count / adapter.parameter_count,
+            "seconds": round(seconds, 1),
+            "processes": processes.count,
+            "error_before": before,
+            "error_after": after,
+        }
+        if begun is not None:
+            training["init"] = begun
+        result = EmbeddingSet(student.deltas(), student.plan, fingerprint, training)
     if processes.main:
         result.save(output)
         checkpoint.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.utils.checkpoint import checkpoint
 
 from mteo_deploy.distillation.learned_plan import LearnedPlan
 from mteo_deploy.distillation.recipe import DEFAULT, Recipe
@@ -14,6 +15,7 @@ from mteo_deploy.embeddings import EmbeddingSet
 from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.base import Adapter, site_dict
 from mteo_deploy.plan import Plan, run
+from mteo_deploy.requests import GUIDANCE_SCALE
 
 SLOW = 0.1
 """Learning rate of single numbers (times, points, coefficients) beside that of vectors: each moves the whole image."""
@@ -26,6 +28,7 @@ class Student(torch.nn.Module):
         start: the plan before any of its numbers is learned.
         delta: ``[evaluations, sites, width]``; one site with ``share="step"``; with ``share="time"`` ``[evaluations]``,
             shifts of the timestep over the plan's range of timesteps.
+        recompute: an evaluation's activations are not kept, but computed again for its gradient.
 
     Raises:
         InputError: when the sites have nothing to share.
@@ -35,7 +38,7 @@ class Student(torch.nn.Module):
         super().__init__()
         self.adapter, self.recipe = (adapter,), recipe  # in a tuple: the backbone's parameters are not ours
         self.learned = LearnedPlan(plan, adapter.levels, recipe.learn) if recipe.learn else None
-        self.start = plan
+        self.start, self.recompute = plan, False
         timesteps = [e.timestep for e in plan.evaluations]
         self._span = max(timesteps) - min(timesteps) or 1.0
         self._device = next(adapter.parameters()).device
@@ -71,11 +74,26 @@ class Student(torch.nn.Module):
         plan = self.start if self.learned is None else self.learned.with_numbers(numbers)
         rows = self._rows(None if numbers is None else numbers[:, 0])
 
+        requests = {name: self._cast(values) if name != GUIDANCE_SCALE else values for name, values in requests.items()}
+
         def network(i: int, state: torch.Tensor) -> torch.Tensor:
-            return self.adapter[0](state, *rows[i].unsqueeze(1).unbind(), **requests).float()
+            return self._call(state, rows[i].unsqueeze(1).unbind(), requests)
 
         between = torch.Tensor.detach if self.recipe.objective == "stepwise" else None
         return list(run(plan, noise, network, between))
+
+    def _call(
+        self, state: torch.Tensor, embeddings: tuple[torch.Tensor, ...], requests: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        adapter, given = self.adapter[0], (self._cast(state), *map(self._cast, embeddings))
+        if self.recompute and torch.is_grad_enabled():
+            found: torch.Tensor = checkpoint(adapter, *given, **requests, use_reentrant=False)
+            return found.float()
+        return adapter(*given, **requests).float()
+
+    def _cast(self, values: torch.Tensor) -> torch.Tensor:
+        """What goes into the backbone has the type of its weights; states and embeddings are float32 outside it."""
+        return values.to(next(self.adapter[0].parameters()).dtype) if values.is_floating_point() else values
 
     def groups(self, lr: float) -> list[dict[str, Any]]:
         """Parameters with their learning rates, for an optimizer."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -93,6 +95,35 @@ def train(
     checkpoint = Checkpoint(path, key, student, optimizer)
     start, spent = checkpoint.load()
     processes.wait()  # all have read it before the first writes the next
+    with recomputing(student):
+        return _iterate(student, data, checkpoint, optimizer, (start, spent), report, processes, features)
+
+
+@contextmanager
+def recomputing(student: Student) -> Iterator[None]:
+    """What the recipe says of checkpointing: by block where the network can, else by evaluation."""
+    if not student.recipe.checkpointing:
+        yield
+        return
+    with student.adapter[0].recomputing_blocks() as by_block:
+        student.recompute = not by_block
+        try:
+            yield
+        finally:
+            student.recompute = False
+
+
+def _iterate(
+    student: Student,
+    data: Trajectories,
+    checkpoint: Checkpoint,
+    optimizer: torch.optim.Adam,
+    begun: tuple[int, float],
+    report: Reporter,
+    processes: Processes,
+    features: Features | None,
+) -> float:
+    recipe, (start, spent) = student.recipe, begun
     clock, saved = time.monotonic() - spent, time.monotonic()
     task = report.task("learning", recipe.iterations, start)
     for iteration in range(start, recipe.iterations):
