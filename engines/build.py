@@ -209,10 +209,9 @@ def _check_text_encoder(bundle: Bundle, sampler: Sampler) -> None:
     """Where there is one, it opens and gives finite values."""
     if bundle.text_encoder is None:
         return
-    ids = np.zeros((1, bundle.text_encoder["length"]), np.int64)
-    outputs = sampler.encode([ids for _ in bundle.text_encoder["inputs"]])
+    outputs = sampler.encode(bundle.reference_tokens(1))
     if not all(np.isfinite(values).all() for values in outputs.values()):
-        raise EngineError("the text encoder gives values that are not finite for token ids of zero; export again")
+        raise EngineError("the text encoder gives values that are not finite for the stored prompt; export again")
 
 
 def _time_decoder(bundle: Bundle, built: Candidate, batch: int, seconds: float) -> None:

@@ -150,7 +150,9 @@ def _batches(
         tensor = network.get_input(i)
         shape = tuple(tensor.shape)
         if -1 in shape[1:]:
-            raise EngineError("expected graphs of one height and width for tensorrt; export again with --dynamic batch")
+            raise EngineError(
+                "expected graphs of one height and width for tensorrt; export again with --dynamic batch, without --tile"
+            )
         if -1 in shape:
             counts = ROWS if tensor.name == "table" else (min(sizes), sizes[0], max(sizes))
             least, usual, most = (tuple(count if size == -1 else size for size in shape) for count in counts)

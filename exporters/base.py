@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from mteo_deploy.errors import InputError
+from mteo_deploy.exporters.lora import Lora, Loras
 from mteo_deploy.exporters.schedulers import noise_levels, scheduler_points
 from mteo_deploy.exporters.weights import load_network
 from mteo_deploy.hub import is_repository, license_of, model_directory
@@ -57,6 +58,7 @@ class Adapter(ABC, torch.nn.Module):
         source: where it was loaded from, by name.
         license: what its card says, e.g. ``apache-2.0``; None where it says nothing.
         pipeline: the diffusers pipeline directory that it is part of; None for one that was made otherwise.
+        loras: LoRA weights that were fused into it, and are for its pipeline's text encoders too.
         negatives: what the negative branch of classifier-free guidance gets for a request input: a number (the label of no
             class), or None for what the positive branch gets. One that is not here is given again, as ``negative_<name>``.
         branches: how many rows of the network's batch an image takes.
@@ -80,6 +82,7 @@ class Adapter(ABC, torch.nn.Module):
     source: str = "given"
     license: str | None = None
     pipeline: Path | None = None
+    loras: Loras = Loras()
 
     @abstractmethod
     def __init__(self, network: Any, scheduler_config: dict[str, Any]) -> None:
@@ -123,6 +126,14 @@ class Adapter(ABC, torch.nn.Module):
         """
         length = "no prompt" if self.tokens is None else f"prompts of {self.tokens} tokens"
         raise InputError(f"expected no --tokens for {self.family}, which takes {length}; found {tokens}")
+
+    def take_residuals(self) -> None:
+        """Take a ControlNet's residuals as request inputs.
+
+        Raises:
+            InputError: for a network that takes none.
+        """
+        raise InputError(f"expected --controlnet with a UNet2DConditionModel; found a {self.family}; leave it out")
 
     @classmethod
     def outline(cls, network_dir: Path, scheduler_config: dict[str, Any]) -> Adapter:
@@ -275,6 +286,8 @@ def load_backbone(
     size: tuple[int, int] | None = None,
     tokens: int | None = None,
     weights: bool = True,
+    loras: Sequence[Lora] = (),
+    controlnet: bool = False,
 ) -> Adapter:
     """Load a backbone, frozen, in float32 on the CPU: the denoising network of a diffusers pipeline directory, or what an
     adapter of yours reads.
@@ -286,9 +299,12 @@ def load_backbone(
         size: height and width of the states; None for the backbone's own.
         tokens: length of a prompt, padded; None for the backbone's own.
         weights: without them a diffusers network is on the meta device: its structure alone, whatever its size.
+        loras: LoRA weights to fuse into it, in order.
+        controlnet: take a ControlNet's residuals as request inputs.
 
     Raises:
-        InputError: for a directory that is no diffusers pipeline, or a network class without an adapter.
+        InputError: for a directory that is no diffusers pipeline, a network class without an adapter, or LoRA weights that do
+            not fit.
     """
     cls = None if adapter is None else _named(adapter)
     source, model = str(model) if is_repository(model) else model.name, model_directory(model)
@@ -297,7 +313,11 @@ def load_backbone(
             f"expected a diffusers pipeline directory at {model}; found {'a file' if model.exists() else 'nothing'}; {WAY_OUT}"
         )
     own = cls is not None and not (model / INDEX).exists()
-    found = cls.load(model, {}) if cls is not None and own else _load_part(cls, model, weights)
+    if own and loras:
+        raise InputError(
+            f"expected --lora with a diffusers pipeline directory, whose loader reads it; {model} is none; leave it out"
+        )
+    found = cls.load(model, {}) if cls is not None and own else _load_part(cls, model, weights, tuple(loras))
     found.source, found.license = source, license_of(model)
     found.pipeline = None if own else model
     found.set_size(*(size or found.sample_shape[-2:]))
@@ -305,6 +325,8 @@ def load_backbone(
         raise InputError(f"expected --tokens of 1 or more; found {tokens}")
     if tokens is not None:
         found.set_tokens(tokens)
+    if controlnet:
+        found.take_residuals()
     return found.requires_grad_(False).eval()
 
 
@@ -318,8 +340,8 @@ def pipeline_parts(model: Path) -> dict[str, str]:
     return {name: str(part) for name, part in parts.items() if part and (model / name).is_dir()}
 
 
-def _load_part(cls: type[Adapter] | None, model: Path, weights: bool) -> Adapter:
-    """The network of a pipeline directory that ``cls`` serves; None: the first that any adapter serves."""
+def _load_part(cls: type[Adapter] | None, model: Path, weights: bool, loras: tuple[Lora, ...]) -> Adapter:
+    """The network of a pipeline directory that ``cls`` serves, LoRA weights fused; None: the first that any adapter serves."""
     index = _read_json(model / INDEX, "a diffusers pipeline's model_index.json", WAY_OUT)
     parts = _parts(index)
     known, others = (families(), _registered()) if cls is None else ({cls.family: cls}, {})
@@ -334,6 +356,8 @@ def _load_part(cls: type[Adapter] | None, model: Path, weights: bool) -> Adapter
     scheduler = _read_json(model / "scheduler" / "scheduler_config.json", "the noise schedule", WAY_OUT)
     adapter = (chosen.load if weights else chosen.outline)(model / network, scheduler)
     adapter.serve(str(index.get("_class_name")))
+    adapter.loras = Loras(str(index.get("_class_name")), loras)
+    adapter.loras.fuse_network(network, adapter.network)
     return adapter
 
 

@@ -110,7 +110,7 @@ def describe(adapter: Adapter) -> dict[str, Any]:
     """A backbone in plain data.
 
     Returns:
-        ``family``, ``source``, ``parameters``; ``baking``: how many of them are ``removed``, used once per request
+        ``family``, ``source``, ``loras``, ``parameters``; ``baking``: how many of them are ``removed``, used once per request
         (``prelude``), and left in the ``steps``, or why that is ``unknown``; ``sites`` with their widths, and how many
         ``pretrained`` embeddings they share; ``requests``; ``prediction_type`` and ``levels``, the noise (flow matching: time)
         that sampling runs through; ``sample_shape``, and what other ``sizes`` are multiples of, ``fixed`` by export or left
@@ -123,6 +123,7 @@ def describe(adapter: Adapter) -> dict[str, Any]:
         "kind": "backbone",
         "family": adapter.family,
         "source": adapter.source,
+        "loras": adapter.loras.to_json(),
         "parameters": adapter.parameter_count,
         "baking": _counts(adapter),
         "sites": site_dict(adapter.sites),

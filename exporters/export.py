@@ -20,14 +20,12 @@ from mteo_deploy.embeddings import EmbeddingSet
 from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.base import Adapter, load_backbone, site_dict
 from mteo_deploy.exporters.compiler import Compiled, compile_bundle
-from mteo_deploy.exporters.decoder import Decoder
 from mteo_deploy.exporters.guidance import guided
 from mteo_deploy.exporters.options import AXES, OPTIONAL, Options
 from mteo_deploy.exporters.pipeline import Pipeline, load_pipeline
 from mteo_deploy.exporters.text import TextEncoder
 from mteo_deploy.plan import Plan, default_substeps, reference_plan, run
 from mteo_deploy.progress import reporter
-from mteo_deploy.prompts import tokenise
 from mteo_deploy.sampler import noise_for
 from mteo_deploy.solvers import canonical
 
@@ -61,7 +59,7 @@ def _reference(adapter: Adapter, embeddings: EmbeddingSet, pipeline: Pipeline, p
         other = _torch_trajectory(adapter, embeddings, (*others, *size), part, OTHER_COUNT)
         found |= {f"other/{name}": values for name, values in other.items()}
     if pipeline.decoder is not None:
-        found |= _decoded(pipeline.decoder, found)
+        found |= _decoded(pipeline, found)
     if pipeline.text_encoder is not None:
         found |= _encoded(pipeline.text_encoder)
     found |= {f"request/{name}": values for name, values in requests.items()}
@@ -71,17 +69,17 @@ def _reference(adapter: Adapter, embeddings: EmbeddingSet, pipeline: Pipeline, p
 
 
 @torch.no_grad()
-def _decoded(decoder: Decoder, found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _decoded(pipeline: Pipeline, found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """``images`` ``[count, 3, ...]`` of the first of the last states, of each size."""
     last = {name.removesuffix("states"): values[-1] for name, values in found.items() if name.endswith("states")}
-    each = {size: [decoder(one) for one in latents[:DECODED_COUNT].split(1)] for size, latents in last.items()}
+    each = {size: [pipeline.decode(one) for one in latents[:DECODED_COUNT].split(1)] for size, latents in last.items()}
     return {f"{size}images": torch.cat(images) for size, images in each.items()}
 
 
 def _encoded(encoder: TextEncoder) -> dict[str, torch.Tensor]:
     """``text/<input>`` and ``text/<output>``: token ids of fixed prompts, and what torch makes of them."""
-    ids = dict(zip(encoder.inputs, tokenise(encoder.tokenizers, REFERENCE_PROMPTS), strict=True))
-    return {f"text/{name}": torch.from_numpy(v) for name, v in {**ids, **encoder.encode(REFERENCE_PROMPTS)}.items()}
+    tokens = encoder.tokenise(REFERENCE_PROMPTS)
+    return {f"text/{name}": torch.from_numpy(values) for name, values in {**tokens, **encoder.run(tokens)}.items()}
 
 
 @torch.no_grad()
@@ -143,9 +141,10 @@ def _other_size(adapter: Adapter, dynamic: Collection[str]) -> tuple[int, ...]:
     return height + steps[0], width + 2 * steps[1]
 
 
-def _versions(pipeline: Pipeline) -> dict[str, str]:
+def _versions(adapter: Adapter, pipeline: Pipeline) -> dict[str, str]:
     packages = ["torch", "diffusers", "onnx", "onnx-ir", "onnxscript", "numpy", "safetensors"]
     packages += ["transformers", "tokenizers"] if pipeline.text_encoder else []
+    packages += ["peft"] if adapter.loras.files else []
     return {
         "mteo-deploy": mteo_deploy.__version__,
         "python": platform.python_version(),
@@ -160,12 +159,13 @@ def _manifest(
     return {
         "schema": SCHEMA,
         "kind": "mteo-deploy bundle",
-        "versions": _versions(pipeline),
+        "versions": _versions(adapter, pipeline),
         "backbone": {
             "source": source,
             "license": adapter.license,
             "family": adapter.family,
             "fingerprint": embeddings.backbone,
+            "loras": adapter.loras.to_json(),
             "parameters": adapter.parameter_count,
             "sample_shape": list(adapter.sample_shape),
             "size_multiple": adapter.size_multiple,
@@ -187,7 +187,9 @@ def _manifest(
         "conditioned": compiled.conditioned.entry,
         "requests": [request.to_json() for request in adapter.requests],
         "prelude": compiled.prelude.entry if compiled.prelude else None,
-        "decoder": {**compiled.parts["decoder"].entry, **pipeline.decoder.to_json()} if pipeline.decoder else None,
+        "decoder": {**compiled.parts["decoder"].entry, **pipeline.decoder_json(compiled.options.dynamic)}
+        if pipeline.decoder
+        else None,
         "text_encoder": {**compiled.parts["text_encoder"].entry, **pipeline.text_encoder.to_json()}
         if pipeline.text_encoder
         else None,
@@ -282,6 +284,7 @@ def export(
     passes: Sequence[str] = OPTIONAL,
     dynamic: Sequence[str] | None = None,
     batch: Sequence[int] = (),
+    tile: int | None = None,
     dump_after: str | None = None,
     precision: str = "fp32",
     keep: Sequence[str] = (),
@@ -309,6 +312,8 @@ def export(
         dynamic: axes of the state to leave open, of ``batch``, ``height`` and ``width``; None for the batch, unless ``batch``
             is one size.
         batch: one size is the only one of every graph; with several the batch stays open, and ``build`` compiles for these.
+        tile: height and width of the tiles of latents that larger images are decoded in, by a decoder that takes any size; None
+            for images decoded whole.
         dump_after: a pass after which to leave each step graph, whole, in ``<output>.after-<pass>/``.
         precision: types in the graphs, of :data:`mteo_deploy.precision.NAMES`; states and requests are float32 in all of them.
         keep: layers to leave in float32, as patterns of their names (``conv_in``, ``*.attn1.*``). None given, int8 and fp8
@@ -345,7 +350,7 @@ def export(
     adapter = guided(adapter, *_guidance(chosen, plain, guidance_scale, null_class))
     sites: Mapping[str, int] = site_dict(adapter.sites)
     chosen.check(adapter.fingerprint(), sites)
-    pipeline = load_pipeline(adapter)
+    pipeline = load_pipeline(adapter, tile)
     clock = time.monotonic()
     with reporter(quiet) as report, whole_directory(output, replace=MANIFEST) as directory:
 

@@ -23,6 +23,9 @@ SIZE = 128
 DEV_TOKENS, SCHNELL_TOKENS = 512, 256
 """Longest prompt of each in T5's tokens."""
 
+GUIDANCE = 3.5
+"""Of FLUX.1-dev, where nobody says another: the pipeline's own default."""
+
 
 class FluxAdapter(ModulatedAdapter):
     """``FluxTransformer2DModel``; with ``guidance_embeds`` it takes ``guidance``, the scale that it was distilled at."""
@@ -48,7 +51,7 @@ class FluxAdapter(ModulatedAdapter):
     def set_tokens(self, tokens: int) -> None:
         super().set_tokens(tokens)
         if self.network.config.guidance_embeds:
-            self.requests += (Request("guidance", "float32"),)
+            self.requests += (Request("guidance", "float32", default=GUIDANCE),)
 
     def call(self, state: torch.Tensor, requests: dict[str, torch.Tensor]) -> torch.Tensor:
         rows, columns = state.shape[2] // 2, state.shape[3] // 2

@@ -19,6 +19,7 @@ from diffusers.models.normalization import LuminaRMSNormZero
 
 from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.hooks import HookedAdapter
+from mteo_deploy.exporters.patches import pack, unpack
 from mteo_deploy.exporters.rotary import RealRotations, Rotation
 from mteo_deploy.requests import Request
 
@@ -101,7 +102,7 @@ class Lumina2Adapter(HookedAdapter):
         mask = torch.cat([torch.ones_like(mask[:, :1]), mask[:, 1:]], 1)  # attention to nothing at all is no number
         length = mask.sum(1)
         prompt = network.time_caption_embed.caption_embedder(requests["encoder_hidden_states"])
-        image = network.x_embedder(self._patches(state))
+        image = network.x_embedder(pack(state, self.patch_size, channels_last=True))
         at_prompt, at_image = self._turns(length)
         there = torch.arange(self.tokens, device=mask.device) < length[:, None]
         there = torch.cat([there, torch.ones(image.shape[:2], dtype=torch.bool, device=mask.device)], 1)
@@ -113,16 +114,6 @@ class Lumina2Adapter(HookedAdapter):
             joint, turn = torch.cat([prompt, image], 1), Rotation.joined([at_prompt, at_image], 1)
             for layer in network.layers:
                 joint = layer(joint, there, turn, None)
-        return -self._unpatched(network.norm_out(joint[:, self.tokens :], None))
-
-    def _patches(self, state: torch.Tensor) -> torch.Tensor:
-        """``[batch, channels, height, width]`` to ``[batch, places, patch * patch * channels]``."""
-        size, (channels, height, width) = self.patch_size, self.sample_shape
-        patches = state.reshape(-1, channels, height // size, size, width // size, size).permute(0, 2, 4, 3, 5, 1)
-        return patches.reshape(-1, height * width // size**2, channels * size**2)
-
-    def _unpatched(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Inverse of :meth:`_patches`."""
-        size, (channels, height, width) = self.patch_size, self.sample_shape
-        patches = tokens.reshape(-1, height // size, width // size, size, size, channels).permute(0, 5, 1, 3, 2, 4)
-        return patches.reshape(-1, channels, height, width)
+        rows, columns = (size // self.patch_size for size in self.sample_shape[1:])
+        output = network.norm_out(joint[:, self.tokens :], None)
+        return -unpack(output, rows, columns, self.patch_size, channels_last=True)

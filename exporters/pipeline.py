@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
 
+from mteo_deploy.decoding import check_tile, decode_in_tiles
+from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.base import Adapter, pipeline_parts
 from mteo_deploy.exporters.decoder import CLASSES, Decoder, load_decoder
 from mteo_deploy.exporters.text import TextEncoder, load_text_encoder
@@ -21,32 +26,66 @@ class Pipeline:
     Attributes:
         decoder: of its VAE; None for a pipeline that has none, or one left out.
         text_encoder: of its prompts; None likewise.
+        tile: height and width of the tiles of latents that the decoder gets of larger images; None: it gets whole ones.
         left_out: what a bundle has not, though the pipeline's index names it, ``decoder`` or ``text encoder`` -> why.
     """
 
     decoder: Decoder | None = None
     text_encoder: TextEncoder | None = None
+    tile: int | None = None
     left_out: dict[str, str] = field(default_factory=dict)
 
     def traces(self, adapter: Adapter, dynamic: Collection[str]) -> dict[str, Callable[[], ir.Model]]:
         """Name of a graph -> what traces it."""
         found: dict[str, Callable[[], ir.Model]] = {}
         if self.decoder is not None:
-            found["decoder"] = partial(trace_decoder, self.decoder, adapter.sample_shape, dynamic)
+            channels, *size = adapter.sample_shape
+            shape = (channels, *(n if self.tile is None else min(n, self.tile) for n in size))
+            found["decoder"] = partial(trace_decoder, self.decoder, shape, self._open(dynamic))
         if self.text_encoder is not None:
             found["text_encoder"] = partial(trace_text_encoder, self.text_encoder)
         return found
 
+    def _open(self, dynamic: Collection[str]) -> Collection[str]:
+        """The axes that the decoder leaves open: tiles have sizes of their own."""
+        return dynamic if self.tile is None else {*dynamic, "height", "width"}
 
-def load_pipeline(adapter: Adapter) -> Pipeline:
+    def decoder_json(self, dynamic: Collection[str]) -> dict[str, Any]:
+        """What a sampler has to know of the decoder beside its graph; ``open`` where it takes any height and width."""
+        assert self.decoder is not None
+        is_open = {"height", "width"} <= {*self._open(dynamic)}
+        return {**self.decoder.to_json(), "open": is_open, "tile": self.tile}
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Images of latents in torch, in tiles where the bundle's are."""
+        assert self.decoder is not None
+        if self.tile is None or max(latents.shape[-2:]) <= self.tile:
+            return self.decoder(latents)
+        decoder = self.decoder
+
+        def decode(part: NDArray[Any]) -> NDArray[Any]:
+            return decoder(torch.from_numpy(part)).numpy()
+
+        return torch.from_numpy(decode_in_tiles(decode, latents.numpy(), self.tile, decoder.to_json()["scale"]))
+
+
+def load_pipeline(adapter: Adapter, tile: int | None = None) -> Pipeline:
     """The other parts of the pipeline that a backbone was loaded from; none, for one that is of no pipeline.
 
+    Args:
+        tile: of latents, for a decoder that gets larger images in tiles.
+
     Raises:
-        InputError: for a part that is there and does not fit.
+        InputError: for a part that is there and does not fit, or a tile where there is no decoder.
     """
     decoder, text = _decoder(adapter), load_text_encoder(adapter)
     reasons = {name: part for name, part in (("decoder", decoder), ("text encoder", text)) if isinstance(part, str)}
-    return Pipeline(decoder if isinstance(decoder, Decoder) else None, text if isinstance(text, TextEncoder) else None, reasons)
+    if tile is not None and not isinstance(decoder, Decoder):
+        raise InputError(f"expected --tile with a pipeline whose VAE is decoded; {adapter.source} has none; leave it out")
+    if tile is not None:
+        check_tile(tile)
+    texts = text if isinstance(text, TextEncoder) else None
+    return Pipeline(decoder if isinstance(decoder, Decoder) else None, texts, tile, reasons)
 
 
 def _decoder(adapter: Adapter) -> Decoder | str | None:

@@ -1,7 +1,6 @@
-"""The CLIP text encoders of a pipeline directory, from token ids to the backbone's request inputs, and their tokenizers.
+"""The text encoders of a pipeline directory, from token ids to the backbone's request inputs, and their tokenizers.
 
-Stable Diffusion 1 and 2 take the last hidden states of one ``CLIPTextModel``. SDXL takes the states before the last layer of a
-``CLIPTextModel`` and a ``CLIPTextModelWithProjection``, side by side, and the second one's projection as pooled text.
+What each kind of pipeline does with them is a row of :data:`mteo_deploy.exporters.encoders.KINDS`.
 """
 
 from __future__ import annotations
@@ -17,17 +16,11 @@ from numpy.typing import NDArray
 
 from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.base import INDEX, Adapter, pipeline_parts
-from mteo_deploy.prompts import request_inputs, tokenise
-from mteo_deploy.requests import GUIDANCE_SCALE, NEGATIVE, Request
+from mteo_deploy.exporters.encoders import KINDS, SEEING, Kind, supported
+from mteo_deploy.exporters.tokenizer import fit, load_tokenizer
+from mteo_deploy.prompts import Arrays, encode, request_inputs, tokenise
+from mteo_deploy.requests import Request
 
-KINDS = {
-    ("encoder_hidden_states",): {"text_encoder": "CLIPTextModel"},
-    ("encoder_hidden_states", "text_embeds", "time_ids"): {
-        "text_encoder": "CLIPTextModel",
-        "text_encoder_2": "CLIPTextModelWithProjection",
-    },
-}
-"""A backbone's request inputs -> the encoders that make them, in order."""
 AT_ONCE = 32
 """Prompts that are encoded together."""
 VAE_SCALE = 8
@@ -35,52 +28,79 @@ VAE_SCALE = 8
 
 
 class TextEncoder(torch.nn.Module):
-    """Frozen CLIP text encoders: token ids ``[batch, length]`` for each, to ``encoder_hidden_states``
-    ``[batch, length, width]`` and, of two encoders, ``text_embeds`` ``[batch, width]``.
+    """Frozen text encoders of one kind of pipeline: token ids ``[batch, length]`` for each, and the masks of padding where the
+    encoders see them, to ``encoder_hidden_states`` ``[batch, length, width]`` and pooled text ``[batch, width]``, if any.
 
     Args:
-        encoders: one or two, of ``transformers``.
-        tokenizers: for each, of ``tokenizers``, padding to ``length``.
-        scale: pixels to a latent, for the sizes that SDXL takes.
+        kind: of pipeline.
+        encoders: of ``transformers``, in the kind's order.
+        tokenizers: for each, of ``tokenizers``; they are made to pad to its length.
+        prompt: shape of the backbone's prompt, ``(tokens, width)``.
+        scale: pixels to a latent, for backbones that are told sizes.
         zero_negative: no negative prompt means zeros, and not an empty one.
     """
 
     def __init__(
-        self, encoders: Sequence[Any], tokenizers: Sequence[Any], length: int, scale: int, zero_negative: bool
+        self,
+        kind: Kind,
+        encoders: Sequence[Any],
+        tokenizers: Sequence[Any],
+        prompt: tuple[int, ...],
+        scale: int,
+        zero_negative: bool,
     ) -> None:
         super().__init__()
         self.encoders = torch.nn.ModuleList(encoders).requires_grad_(False).eval()
-        self.tokenizers, self.length = list(tokenizers), length
-        self.scale, self.zero_negative = scale, zero_negative
-        self.inputs = ["input_ids", "input_ids_2"][: len(encoders)]
-        self.outputs = ["encoder_hidden_states", "text_embeds"][: len(encoders)]
+        self.kind, self.tokenizers = kind, list(tokenizers)
+        self.prompt, self.scale, self.zero_negative = prompt, scale, zero_negative
+        self.templates = kind.templates(tokenizers[0])
+        self.lengths = [length + max(one.skip for one in self.templates) for length in kind.lengths(prompt[0])]
+        for tokenizer, length in zip(tokenizers, self.lengths, strict=True):
+            fit(tokenizer, length, kind.padded_at_end)
+        numbers = ["", *(f"_{i + 1}" for i in range(1, len(encoders)))]
+        self.inputs = [f"{name}{i}" for name in ("input_ids", "attention_mask")[: 1 + kind.masked] for i in numbers]
+        self.outputs = list(kind.outputs)
 
-    def forward(self, ids: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        found = [encoder(one, output_hidden_states=True) for encoder, one in zip(self.encoders, ids, strict=True)]
-        if len(found) == 1:
-            return (found[0].last_hidden_state,)
-        return torch.cat([one.hidden_states[-2] for one in found], dim=-1), found[-1].text_embeds
+    def forward(self, ids: list[torch.Tensor], masks: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        hidden, *pooled = self.kind.join(self.encoders, ids, masks)
+        if self.kind.filled:
+            (tokens, width), (_, own_tokens, own_width) = self.prompt, hidden.shape
+            hidden = torch.nn.functional.pad(hidden, (0, width - own_width, 0, tokens - own_tokens))
+        return hidden, *pooled
 
     @torch.no_grad()
-    def encode(self, texts: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+    def run(self, feeds: Arrays) -> dict[str, NDArray[np.float32]]:
+        """Outputs by name of inputs by name, in torch."""
+        given, count = [torch.from_numpy(feeds[name]) for name in self.inputs], len(self.encoders)
+        return {name: values.numpy() for name, values in zip(self.outputs, self(given[:count], given[count:]), strict=True)}
+
+    def tokenise(self, texts: Sequence[str]) -> Arrays:
+        """The inputs that prompts give, by name, ``[count, length]`` each."""
+        found = tokenise(self.to_json(), self.tokenizers, texts)
+        return {name: found[name] for name in self.inputs}
+
+    def encode(self, texts: Sequence[str], negative: bool = False) -> Arrays:
         """Request inputs of texts by name, ``[count, ...]``, in torch."""
-        ids = [torch.from_numpy(one) for one in tokenise(self.tokenizers, texts)]
-        return {name: values.numpy() for name, values in zip(self.outputs, self(ids), strict=True)}
+        return encode(self.to_json(), self.tokenizers, self.run, texts, negative)
 
     def to_json(self) -> dict[str, Any]:
         """What a sampler has to know beside the graph."""
         return {
             "class": " + ".join(type(encoder).__name__ for encoder in self.encoders),
             "parameters": sum(p.numel() for p in self.parameters()),
+            "inputs": self.inputs,
+            "outputs": self.outputs,
             "tokenizers": self.tokenizer_files,
-            "length": self.length,
+            "tokens": self.prompt[0],
+            "templates": {name: one.to_json() for name, one in zip(("prompt", "negative"), self.templates, strict=True)},
+            "mask": self.kind.mask,
             "scale": self.scale,
             "zero_negative": self.zero_negative,
         }
 
     @property
     def tokenizer_files(self) -> list[str]:
-        return ["tokenizers/tokenizer.json", "tokenizers/tokenizer_2.json"][: len(self.inputs)]
+        return [f"tokenizers/tokenizer{f'_{i + 1}' if i else ''}.json" for i in range(len(self.tokenizers))]
 
     def save_tokenizers(self, directory: Path) -> None:
         (directory / "tokenizers").mkdir()
@@ -99,23 +119,29 @@ def load_text_encoder(adapter: Adapter) -> TextEncoder | str | None:
     """
     parts = {} if adapter.pipeline is None else pipeline_parts(adapter.pipeline)
     found = {name: part for name, part in parts.items() if name.startswith("text_encoder")}
-    own = tuple(r.name for r in adapter.requests if not r.name.startswith((NEGATIVE, GUIDANCE_SCALE)))
     if adapter.pipeline is None or not found:
         return None
-    if found != KINDS.get(own):
+    kind = next((kind for kind in KINDS if kind.family == adapter.family and kind.encoders == found), None)
+    if kind is None:
         named = ", ".join(f"{name}: {part}" for name, part in found.items())
-        return f"text encoders {named} are not supported for {adapter.family}, CLIP's of Stable Diffusion 1, 2 and SDXL are"
+        return f"text encoders {named} are not supported for {adapter.family}, which may have {supported(adapter.family)}"
     if (missing := _package()) is not None:
         return missing
-    length = int(adapter.requests[0].shape[0])
-    names = [name.replace("text_encoder", "tokenizer") for name in found]
-    tokenizers = [_tokenizer(adapter.pipeline / name, length) for name in names]
-    encoders = [_encoder(adapter.pipeline / name, part) for name, part in found.items()]
-    index = json.loads((adapter.pipeline / INDEX).read_text(encoding="utf-8"))
-    zeros = len(found) > 1 and bool(index.get("force_zeros_for_empty_prompt", True))
-    made = TextEncoder(encoders, tokenizers, length, _scale(adapter.pipeline), zeros)
+    made = _load(kind, adapter, adapter.pipeline, parts)
     _check(made, adapter.requests)
     return made
+
+
+def _load(kind: Kind, adapter: Adapter, pipeline: Path, parts: dict[str, str]) -> TextEncoder:
+    prompt = next(request.shape for request in adapter.requests if request.name == kind.outputs[0])
+    names = [name.replace("text_encoder", "tokenizer") for name in kind.encoders]
+    tokenizers = [load_tokenizer(pipeline / name, parts.get(name, "AutoTokenizer")) for name in names]
+    encoders = [_encoder(pipeline / name, part) for name, part in kind.encoders.items()]
+    for name, encoder in zip(kind.encoders, encoders, strict=True):
+        adapter.loras.fuse_text_encoder(name, encoder)
+    index = json.loads((pipeline / INDEX).read_text(encoding="utf-8"))
+    zeros = kind.zeros and bool(index.get("force_zeros_for_empty_prompt", True))
+    return TextEncoder(kind, encoders, tokenizers, prompt, _scale(pipeline), zeros)
 
 
 def _package() -> str | None:
@@ -127,35 +153,22 @@ def _package() -> str | None:
 
 
 def _encoder(directory: Path, cls: str) -> Any:
+    """One encoder: of a model that sees and speaks, its reading half alone."""
     import transformers
     from transformers.utils import logging
 
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
+    # torch.export cannot follow the fused attention of T5; without a soft cap both compute the same
+    options = {"attn_implementation": "eager"} if "T5" in cls else {}
     try:
-        return getattr(transformers, cls).from_pretrained(directory, use_safetensors=True, dtype=torch.float32)
+        found = getattr(transformers, cls).from_pretrained(directory, use_safetensors=True, dtype=torch.float32, **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"expected {cls} weights as safetensors in {directory}; {str(error).splitlines()[0]}") from None
     finally:
         if bars:
             logging.enable_progress_bar()
-
-
-def _tokenizer(directory: Path, length: int) -> Any:
-    """A CLIP tokenizer that cuts and pads to ``length``; one of ``vocab.json`` and ``merges.txt`` is converted."""
-    import tokenizers
-    import transformers
-
-    if not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise InputError(f"expected a tokenizer (tokenizer.json, or vocab.json and merges.txt) in {directory}; found none")
-    try:
-        loaded = transformers.CLIPTokenizerFast.from_pretrained(directory)
-    except (OSError, ValueError) as error:
-        raise InputError(f"expected a CLIP tokenizer in {directory}; {str(error).splitlines()[0]}") from None
-    found = tokenizers.Tokenizer.from_str(loaded.backend_tokenizer.to_str())
-    found.enable_truncation(max_length=length)
-    found.enable_padding(length=length, pad_id=loaded.pad_token_id, pad_token=loaded.pad_token)
-    return found
+    return found.model.language_model if cls in SEEING else found
 
 
 def _scale(pipeline: Path) -> int:
@@ -193,12 +206,12 @@ def prompt_requests(adapter: Adapter, prompts: Path | str | Sequence[str]) -> di
     if not texts:
         raise InputError("expected at least one prompt to learn from; found none; write one on each line of --prompts FILE")
 
-    def encode(distinct: Sequence[str]) -> dict[str, NDArray[np.float32]]:
-        parts = [encoder.encode(distinct[i : i + AT_ONCE]) for i in range(0, len(distinct), AT_ONCE)]
-        return {name: np.concatenate([part[name] for part in parts]) for name in encoder.outputs}
+    def encode_all(distinct: Sequence[str], negative: bool) -> Arrays:
+        parts = [encoder.encode(distinct[i : i + AT_ONCE], negative) for i in range(0, len(distinct), AT_ONCE)]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     size = adapter.sample_shape[-2:]
-    return request_inputs(encoder.to_json(), adapter.requests, encode, texts, None, len(texts), size)
+    return request_inputs(encoder.to_json(), adapter.requests, encode_all, texts, None, len(texts), size)
 
 
 def _lines(path: Path) -> list[str]:

@@ -151,7 +151,9 @@ def trace_decoder(decoder: Decoder, shape: Sequence[int], dynamic: Collection[st
 
 
 def trace_text_encoder(encoder: TextEncoder) -> ir.Model:
-    """The text encoders' graph: ``input_ids [batch, length] ...`` to the request inputs that they make."""
-    ids = [torch.zeros(2, encoder.length, dtype=torch.int64) for _ in encoder.inputs]
-    batch = {0: torch.export.Dim("batch", min=1, max=63)}
-    return _export(encoder, (ids,), encoder.inputs, encoder.outputs, ([batch] * len(ids),))
+    """The text encoders' graph: ``input_ids [batch, length] ...``, and ``attention_mask ...`` where they see it, to the
+    request inputs that they make."""
+    ids = [torch.zeros(2, length, dtype=torch.int64) for length in encoder.lengths]
+    masks = [torch.ones_like(one) for one in ids[: len(encoder.inputs) - len(ids)]]
+    axes = [{0: torch.export.Dim("batch", min=1, max=63)}] * len(ids)
+    return _export(encoder, (ids, masks), encoder.inputs, encoder.outputs, (axes, axes[: len(masks)]))

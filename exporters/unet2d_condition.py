@@ -2,10 +2,13 @@
 
 Sites are those of :mod:`~mteo_deploy.exporters.unet2d`. The prompt enters through cross-attention: its keys and values depend
 on request inputs alone, so the compiler moves them to the prelude, and so it does with what SDXL adds to the time embedding.
+
+A ControlNet (Zhang et al. 2023, arXiv 2302.05543) adds a residual to what each down block hands across, and to the middle.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -19,6 +22,9 @@ from mteo_deploy.requests import Request
 TOKENS = 77
 """Length of a prompt in CLIP's text encoders, padded."""
 
+RESIDUAL = "block_additional_residual"
+"""In the names of a ControlNet's residuals, after diffusers' arguments: ``down_..._0``, ``mid_...``."""
+
 TIME_IDS = 6
 """SDXL: original size, crop and target size, two numbers each."""
 
@@ -27,14 +33,16 @@ class UNet2DConditionAdapter(UNetAdapter):
     """``UNet2DConditionModel`` with a prompt of 77 tokens; with pooled text and sizes where it takes them (``text_time``).
 
     Request inputs: ``encoder_hidden_states`` ``[77, cross_attention_dim]``; for SDXL ``text_embeds`` ``[width]`` and
-    ``time_ids`` ``[6]``.
+    ``time_ids`` ``[6]``; with a ControlNet ``down_block_additional_residual_0`` ... and ``mid_block_additional_residual``, each
+    as the network has it at the states' size. They are the same at every evaluation and for both branches of guidance.
     """
 
     family = "UNet2DConditionModel"
     network_class = UNet2DConditionModel
     network: UNet2DConditionModel
     tokens = TOKENS
-    negatives = MappingProxyType({"time_ids": None})
+    negatives: Mapping[str, int | None] = MappingProxyType({"time_ids": None})
+    residuals: tuple[Request, ...] = ()
 
     def __init__(self, network: UNet2DConditionModel, scheduler_config: dict[str, Any]) -> None:
         super().__init__(network, scheduler_config)
@@ -63,6 +71,31 @@ class UNet2DConditionAdapter(UNetAdapter):
         width = self.network.add_embedding.linear_1.in_features - TIME_IDS * int(self.network.config.addition_time_embed_dim)
         return Request("text_embeds", "float32", (width,)), Request("time_ids", "float32", (TIME_IDS,))
 
+    def take_residuals(self) -> None:
+        """Take a ControlNet's residuals as request inputs; the size of the states is then fixed."""
+        self.fixed_multiple, self.size_multiple = self.size_multiple, None
+        own, self.residuals = self.requests, tuple(self._residuals())
+        self.requests = (*own, *self.residuals)
+        self.negatives = {**self.negatives, **{request.name: None for request in self.residuals}}
+
+    def _residuals(self) -> Iterator[Request]:
+        """One for the first convolution, each layer of a down block and what makes it smaller, and the middle."""
+        network, (_, height, width) = self.network, self.sample_shape
+        shapes = [(network.conv_in.out_channels, height, width)]
+        for block in network.down_blocks:
+            channels = block.resnets[0].out_channels
+            shapes += [(channels, height, width)] * len(block.resnets)
+            if block.downsamplers:
+                height, width = (height + 1) // 2, (width + 1) // 2
+                shapes.append((channels, height, width))
+        for i, shape in enumerate(shapes):
+            yield Request(f"down_{RESIDUAL}_{i}", "float32", shape)
+        yield Request(f"mid_{RESIDUAL}", "float32", shapes[-1])
+
     def arguments(self, requests: dict[str, torch.Tensor]) -> dict[str, Any]:
         pooled = {name: requests[name] for name in ("text_embeds", "time_ids") if name in requests}
-        return {"encoder_hidden_states": requests["encoder_hidden_states"], "added_cond_kwargs": pooled or None}
+        found = {"encoder_hidden_states": requests["encoder_hidden_states"], "added_cond_kwargs": pooled or None}
+        if not self.residuals:
+            return found
+        *down, middle = (requests[request.name] for request in self.residuals)
+        return {**found, "down_block_additional_residuals": tuple(down), "mid_block_additional_residual": middle}

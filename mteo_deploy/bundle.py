@@ -198,9 +198,10 @@ class Bundle:
 
     @property
     def text_encoder(self) -> dict[str, Any] | None:
-        """What makes request inputs of prompts: its graph as in :attr:`graphs`, whose inputs are token ids and whose outputs
-        request inputs, its ``tokenizers`` and the ``length`` they pad to; ``scale`` and ``zero_negative`` as
-        :func:`mteo_deploy.prompts.request_inputs` takes them; None for a bundle without."""
+        """What makes request inputs of prompts: its graph as in :attr:`graphs`, whose inputs are token ids and masks and whose
+        outputs request inputs; its ``tokenizers``, ``templates``, the ``tokens`` that a prompt has then, and the request input
+        that is the ``mask``; ``scale`` and ``zero_negative`` as :func:`mteo_deploy.prompts.request_inputs` takes them; None for
+        a bundle without."""
         found: dict[str, Any] | None = self.manifest.get("text_encoder")
         return found
 
@@ -222,6 +223,14 @@ class Bundle:
             return {}
         stored = self._arrays(self.manifest["reference"]["file"], "reference")
         return {r.name: np.resize(stored[f"request/{r.name}"], (count, *r.shape)) for r in self.requests}
+
+    def reference_tokens(self, count: int) -> dict[str, NDArray[np.int64]]:
+        """Inputs of the text encoder by name, ``[count, length]``: of the stored prompts, over and over; empty without one."""
+        if self.text_encoder is None:
+            return {}
+        stored = self._arrays(self.manifest["reference"]["file"], "reference")
+        found = {name: stored[f"text/{name}"].astype(np.int64) for name in self.text_encoder["inputs"]}
+        return {name: np.resize(values, (count, *values.shape[1:])) for name, values in found.items()}
 
     @property
     def tokenizers(self) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class Profile:
-    """Layers of the realisation and of the time-conditioned graph.
+    """Layers of the realisation, of the time-conditioned graph, and of what is run once beside either: decoder, text encoder.
 
     Times are the engine's own, taken with its profiling switched on, which costs time itself: they say where time goes, not
     how much a sampling takes (that is ``verify``'s).
@@ -70,6 +70,7 @@ class Profile:
     batch: int
     layers: list[LayerCost]
     conditioned: list[LayerCost]
+    beside: list[LayerCost] = field(default_factory=list)
 
     def groups(self) -> dict[str, tuple[float, float]]:
         """What layers do -> milliseconds in one sampling, in the realisation and time-conditioned; the longest first."""
@@ -84,9 +85,9 @@ class Profile:
         return dict(sorted(used, key=lambda item: -max(item[1])))
 
     def graphs(self) -> dict[str, float]:
-        """Graph of the realisation -> milliseconds in one sampling, in the order they run."""
+        """Graph -> milliseconds in one sampling: those of the realisation in the order they run, then those beside it."""
         found: dict[str, float] = {}
-        for layer in self.layers:
+        for layer in [*self.layers, *self.beside]:
             found[layer.graph] = found.get(layer.graph, 0.0) + layer.milliseconds
         return found
 
@@ -94,9 +95,10 @@ class Profile:
         return {**asdict(self), "groups": self.groups(), "graphs": self.graphs()}
 
     def chrome_trace(self) -> dict[str, Any]:
-        """Both as rows of Chrome's trace viewer (``chrome://tracing``, Perfetto): layers end to end, in the order they run."""
+        """As rows of Chrome's trace viewer (``chrome://tracing``, Perfetto): layers end to end, in the order they run."""
         events: list[dict[str, Any]] = []
-        for row, (title, layers) in enumerate(((self.realisation, self.layers), ("time-conditioned", self.conditioned))):
+        rows = {self.realisation: self.layers, "time-conditioned": self.conditioned, "beside both": self.beside}
+        for row, (title, layers) in enumerate((title, layers) for title, layers in rows.items() if layers):
             events.append({"ph": "M", "name": "thread_name", "pid": 0, "tid": row, "args": {"name": title}})
             start = 0.0
             for layer in layers:
@@ -124,7 +126,8 @@ def profile(
     loops: int = 20,
     quiet: bool = False,
 ) -> Profile:
-    """Time the layers of a built bundle and of the time-conditioned graph, whole samplings in turn.
+    """Time the layers of a built bundle and of the time-conditioned graph, whole samplings in turn; with each, one run of the
+    decoder and of the text encoder, where there are any: a prompt of its own for every image, and no negative ones.
 
     Args:
         realisation: ``baked``, ``table`` or ``fused``; None for what the built engine was built for.
@@ -148,13 +151,19 @@ def profile(
 
     sampler = Sampler(bundle, open_graph, realisation or built.record["realisation"], None, built)
     noise, requests = noise_for(bundle.sample_shape, 0, range(batch)), bundle.reference_requests(batch)
+    tokens = bundle.reference_tokens(batch)
     with reporter(quiet) as report:
         task = report.task("profiling", loops)
         for _ in range(loops):
-            sampler.states(noise, requests)
+            last = sampler.image(noise, requests)
             sampler.conditioned_states(sampler.plan, noise, requests)
+            if bundle.decoder:
+                sampler.decode(last)
+            if bundle.text_encoder:
+                sampler.encode(tokens)
             report.advance(task, 1)
     ordinary = bundle.manifest["conditioned"]["graph"]
+    others = [entry["graph"] for entry in (bundle.decoder, bundle.text_encoder) if entry]
     layers = [(graph, layer) for graph, session in sessions.items() for layer in session.layers()]
     if any(len(layer.times) % loops for _, layer in layers):
         raise EngineError(f"{built.backend.name} recorded a part of {loops} samplings only; use fewer --loops")
@@ -176,6 +185,7 @@ def profile(
         precision=sampler.precision,
         realisation=sampler.loop.name,
         batch=batch,
-        layers=[cost for cost in costs if cost.graph != ordinary],
+        layers=[cost for cost in costs if cost.graph not in (ordinary, *others)],
         conditioned=[cost for cost in costs if cost.graph == ordinary],
+        beside=[cost for cost in costs if cost.graph in others],
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,45 @@ from mteo_deploy.errors import InputError, MissingPackageError
 from mteo_deploy.requests import NEGATIVE, Request
 
 Texts = str | Sequence[str]
-Encode = Callable[[Sequence[str]], dict[str, NDArray[Any]]]
-"""Texts to request inputs by name, ``[count, ...]`` each."""
+Arrays = dict[str, NDArray[Any]]
+Encode = Callable[[Sequence[str], bool], Arrays]
+"""Texts, and whether they are negative ones, to request inputs by name, ``[count, ...]`` each."""
+SIZES = ("time_ids", "resolution", "aspect_ratio")
+"""Request inputs that tell a backbone the size of the image."""
+
+
+@dataclass(frozen=True)
+class Template:
+    """What a pipeline puts around a prompt, and which of the tokens it keeps.
+
+    Attributes:
+        before, after: the prompt.
+        lower: the prompt is put in small letters, without space around it.
+        first: tokens that are kept at the beginning.
+        skip: tokens behind them that are not.
+    """
+
+    before: str = ""
+    after: str = ""
+    lower: bool = False
+    first: int = 0
+    skip: int = 0
+
+    def around(self, text: str) -> str:
+        return self.before + (text.lower().strip() if self.lower else text) + self.after
+
+    def keep(self, values: NDArray[Any], tokens: int) -> NDArray[Any]:
+        """Of ``[count, length, ...]`` the ``tokens`` that are kept; all of them where there are no others."""
+        behind = self.first + self.skip
+        return np.concatenate([values[:, : self.first], values[:, behind : self.skip + tokens]], axis=1)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def template_of(entry: Mapping[str, Any], negative: bool) -> Template:
+    """The template of prompts or of negative ones, as a text encoder's entry has it."""
+    return Template(**entry["templates"]["negative" if negative else "prompt"])
 
 
 def open_tokenizers(bundle: Bundle) -> list[Any]:
@@ -37,13 +75,51 @@ def open_tokenizers(bundle: Bundle) -> list[Any]:
     return [Tokenizer.from_file(str(bundle.file(name))) for name in bundle.text_encoder["tokenizers"]]
 
 
-def tokenise(tokenizers: Sequence[Any], texts: Sequence[str]) -> list[NDArray[np.int64]]:
-    """Token ids ``[count, length]`` of each tokenizer, padded; warns of texts that were cut."""
-    found = [tokenizer.encode_batch(list(texts)) for tokenizer in tokenizers]
-    cut = {text: len(one.ids) for encodings in found for text, one in zip(texts, encodings, strict=True) if one.overflowing}
-    for text, length in cut.items():
+def tokenise(entry: Mapping[str, Any], tokenizers: Sequence[Any], texts: Sequence[str], negative: bool = False) -> Arrays:
+    """``input_ids`` and ``attention_mask``, with ``_2``, ``_3`` for further tokenizers: ``[count, length]``, padded; warns of
+    texts that were cut.
+
+    Args:
+        entry: of the text encoder, as the manifest has it.
+        negative: texts are negative prompts.
+    """
+    template = template_of(entry, negative)
+    found = [tokenizer.encode_batch([template.around(text) for text in texts]) for tokenizer in tokenizers]
+    for text, length in _cut(found, texts, template.skip + entry["tokens"]).items():
         warnings.warn(f"the prompt {text[:40]!r}... is longer than {length} tokens; its end is left out", stacklevel=2)
-    return [np.array([one.ids for one in encodings], dtype=np.int64) for encodings in found]
+    tokens: Arrays = {}
+    for i, encodings in enumerate(found):
+        number = f"_{i + 1}" if i else ""
+        tokens[f"input_ids{number}"] = np.array([one.ids for one in encodings], dtype=np.int64)
+        tokens[f"attention_mask{number}"] = np.array([one.attention_mask for one in encodings], dtype=np.int64)
+    return tokens
+
+
+def _cut(found: Sequence[Sequence[Any]], texts: Sequence[str], most: int) -> dict[str, int]:
+    """Text -> how much of it is taken, for those that are longer."""
+    pairs = [(text, one) for encodings in found for text, one in zip(texts, encodings, strict=True)]
+    return {text: min(len(one.ids), most) for text, one in pairs if one.overflowing or sum(one.attention_mask) > most}
+
+
+def encode(
+    entry: Mapping[str, Any],
+    tokenizers: Sequence[Any],
+    run: Callable[[Arrays], Arrays],
+    texts: Sequence[str],
+    negative: bool = False,
+) -> Arrays:
+    """Request inputs of texts by name, ``[count, ...]`` each.
+
+    Args:
+        entry: of the text encoder, as the manifest has it.
+        run: the text encoder, from its inputs to its outputs by name.
+        negative: texts are negative prompts.
+    """
+    tokens, template = tokenise(entry, tokenizers, texts, negative), template_of(entry, negative)
+    found = run({name: tokens[name] for name in entry["inputs"]})
+    rows = {entry["outputs"][0]: found[entry["outputs"][0]]}
+    rows |= {entry["mask"]: tokens["attention_mask"]} if entry["mask"] else {}
+    return {**found, **{name: template.keep(values, entry["tokens"]) for name, values in rows.items()}}
 
 
 def request_inputs(
@@ -54,7 +130,7 @@ def request_inputs(
     negative: Texts | None,
     count: int,
     size: Sequence[int],
-) -> dict[str, NDArray[Any]]:
+) -> Arrays:
     """Request inputs of prompts by name, one row for all images or one for each.
 
     Args:
@@ -63,25 +139,28 @@ def request_inputs(
         prompt, negative: one for all images, or one for each; without a negative one, guidance gets the empty prompt, or zeros
             where the pipeline says so (SDXL).
         count: of images.
-        size: height and width of the states, from which SDXL's sizes follow: original and target size the image's own, not cut.
+        size: height and width of the states, from which the image's follow where the backbone is told them.
 
     Raises:
         InputError: for another number of prompts, or a negative one without guidance.
     """
     names = {request.name for request in requests}
-    found = _rows(encode, _texts("--prompt", prompt, count))
+    found = _rows(encode, _texts("--prompt", prompt, count), False)
     guided = [name for name in found if NEGATIVE + name in names]
     if negative is not None and not guided:
         raise InputError("expected --negative-prompt with guidance; found none; export with --guidance-scale SCALE")
     if guided and negative is None and entry["zero_negative"]:
         found |= {NEGATIVE + name: np.zeros_like(found[name][:1]) for name in guided}
     elif guided:
-        rows = _rows(encode, _texts("--negative-prompt", negative or "", count))
+        rows = _rows(encode, _texts("--negative-prompt", negative or "", count), True)
         found |= {NEGATIVE + name: rows[name] for name in guided}
-    if "time_ids" in names:
-        height, width = (n * entry["scale"] for n in size)
-        found["time_ids"] = np.array([[height, width, 0, 0, height, width]], dtype=np.float32)
-    return found
+    return {**found, **{name: values for name, values in _sizes(*(n * entry["scale"] for n in size)).items() if name in names}}
+
+
+def _sizes(height: int, width: int) -> Arrays:
+    """:data:`SIZES` of an image of this size, in pixels: SDXL's say that it was never larger, and that nothing was cut off."""
+    values = ([height, width, 0, 0, height, width], [height, width], [height / width])
+    return {name: np.array([one], dtype=np.float32) for name, one in zip(SIZES, values, strict=True)}
 
 
 def _texts(option: str, given: Texts, count: int) -> list[str]:
@@ -91,8 +170,8 @@ def _texts(option: str, given: Texts, count: int) -> list[str]:
     return texts
 
 
-def _rows(encode: Encode, texts: Sequence[str]) -> dict[str, NDArray[Any]]:
+def _rows(encode: Encode, texts: Sequence[str], negative: bool) -> Arrays:
     """Each text's values, encoded once."""
     places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
     rows = [places[text] for text in texts]
-    return {name: values[rows] for name, values in encode(list(places)).items()}
+    return {name: values[rows] for name, values in encode(list(places), negative).items()}

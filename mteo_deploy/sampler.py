@@ -6,7 +6,7 @@ it was made with.
 
 from __future__ import annotations
 
-import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 
 from mteo_deploy import latency
 from mteo_deploy.bundle import Bundle
+from mteo_deploy.decoding import decode_states, tile_of
 from mteo_deploy.engines.base import OpenGraph, Session
 from mteo_deploy.engines.batches import BatchSizes
 from mteo_deploy.engines.device import Device, Value, Values, device_of
 from mteo_deploy.errors import EngineError, InputError
 from mteo_deploy.plan import Plan, run
-from mteo_deploy.prompts import Texts, open_tokenizers, request_inputs, tokenise
+from mteo_deploy.prompts import SIZES, Texts, encode, open_tokenizers, request_inputs
 from mteo_deploy.realisations import Loop, Prelude, Stepwise, open_loop
 from mteo_deploy.requests import Arrays, take_all
 
@@ -31,9 +32,6 @@ if TYPE_CHECKING:
     from mteo_deploy.engines.cache import Built
 
 Array = NDArray[np.float32]
-DECODED_AT_ONCE = 1 << 20
-"""Pixels that a decoder of open batch size is given in one call, if they are of several images: its activations are hundreds of
-times as large."""
 PROMPTS_AT_ONCE = 16
 """Prompts that a text encoder is given in one call."""
 
@@ -79,6 +77,9 @@ class Sampler:
 
     >>> with Sampler.load("bundle") as sampler:     # doctest: +SKIP
     ...     images = sampler(num=4, seed=0)         # float32 [4, channels, height, width], nominally in [-1, 1]
+
+    Attributes:
+        decoding: seconds that decoding took of all calls until now.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class Sampler:
             return sessions[-1]
 
         self._others: dict[str, Session] = {}
+        self.decoding = 0.0
         loop, prelude = open_loop(realisation, bundle, opened, tables), Prelude(bundle, opened)
         device = device_of(sessions[0])
         states, image = (device.record(partial(function, prelude, loop)) for function in (_states, _image))
@@ -261,6 +263,7 @@ class Sampler:
         latents: bool = False,
         prompt: Texts | None = None,
         negative_prompt: Texts | None = None,
+        tile: int | None = None,
     ) -> Array:
         """Sample ``num`` images; image ``i`` depends on ``(seed, i)`` and its own request inputs only.
 
@@ -273,6 +276,7 @@ class Sampler:
             latents: leave the last states as they are where the bundle could decode them.
             prompt, negative_prompt: for a bundle with a text encoder: one text for all images, or one for each. ``requests``
                 then has what they do not make.
+            tile: as :meth:`decode` takes it.
 
         Returns:
             float32 ``[num, channels, height, width]``, nominally in [-1, 1]; of videos ``[num, frames, channels, ...]``.
@@ -285,26 +289,25 @@ class Sampler:
             raise InputError("expected --negative-prompt with --prompt; found no --prompt")
         if prompt is not None:
             made = self._prompted(prompt, negative_prompt, num, size)
-            if twice := sorted(made.keys() & (requests or {}).keys() - {"time_ids"}):
+            if twice := sorted(made.keys() & (requests or {}).keys() - {*SIZES}):
                 raise InputError(f"expected {', '.join(twice)} from --prompt or --requests; found both; leave one out")
             requests = {**made, **(requests or {})}
-        return self._batches(num, seed, batch, self.image, progress, requests, size, latents)
+        return self._batches(num, seed, batch, self.image, progress, requests, size, latents, tile)
 
-    def decode(self, states: Array) -> Array:
+    def decode(self, states: Array, tile: int | None = None) -> Array:
         """Images of the last states: decoded where the bundle has a decoder, else the states themselves.
 
-        An image counts on its own, so that those of one call may be decoded in parts (:data:`DECODED_AT_ONCE`).
+        Args:
+            tile: height and width of the tiles of latents that a larger image is decoded in, with less memory, to an image that
+                is not quite the same. 0 for the whole image; None for what the bundle was exported with.
 
         Raises:
+            InputError: for a tile that the decoder does not take.
             EngineError: for states that the decoder does not take, or of a sampler that was closed.
         """
         if self.bundle.decoder is None:
             return states
-        decoder = self._other("decoder")
-        pixels = math.prod(states.shape[2:]) * self.bundle.decoder["scale"] ** 2
-        at_once = len(states) if isinstance(decoder, BatchSizes) else max(1, DECODED_AT_ONCE // pixels)
-        parts = [states[i : i + at_once] for i in range(0, len(states), at_once)]
-        return np.concatenate([np.asarray(decoder.run({"latents": part})[0]) for part in parts])
+        return decode_states(self._other("decoder"), self.bundle.decoder, states, tile_of(self.bundle.decoder, tile))
 
     def conditioned(
         self,
@@ -350,22 +353,19 @@ class Sampler:
             self._others[name] = self.open_graph(self.bundle.manifest[name]["graph"])
         return self._others[name]
 
-    def encode(self, ids: Sequence[NDArray[np.int64]]) -> dict[str, Array]:
-        """Request inputs by name of token ids ``[count, length]``, one array for each input of the bundle's text encoder."""
+    def encode(self, feeds: Mapping[str, NDArray[np.int64]]) -> dict[str, Array]:
+        """Outputs by name of the bundle's text encoder, of its inputs by name, ``[count, length]`` each."""
         entry, parts = self.bundle.manifest["text_encoder"], []
-        for start in range(0, len(ids[0]), PROMPTS_AT_ONCE):
-            part = [one[start : start + PROMPTS_AT_ONCE] for one in ids]
-            parts.append(self._other("text_encoder").run(dict(zip(entry["inputs"], part, strict=True))))
+        for start in range(0, len(feeds["input_ids"]), PROMPTS_AT_ONCE):
+            part = {name: feeds[name][start : start + PROMPTS_AT_ONCE] for name in entry["inputs"]}
+            parts.append(self._other("text_encoder").run(part))
         return {name: np.concatenate(values) for name, values in zip(entry["outputs"], zip(*parts, strict=True), strict=True)}
 
     def _prompted(self, prompt: Texts, negative: Texts | None, num: int, size: tuple[int, int] | None) -> dict[str, Any]:
         tokenizers, bundle = open_tokenizers(self.bundle), self.bundle
-
-        def encode(texts: Sequence[str]) -> dict[str, Array]:
-            return self.encode(tokenise(tokenizers, texts))
-
-        shape = bundle.shape_at(size)[-2:]
-        return request_inputs(bundle.manifest["text_encoder"], bundle.requests, encode, prompt, negative, num, shape)
+        entry = bundle.manifest["text_encoder"]
+        encoded = partial(encode, entry, tokenizers, self.encode)
+        return request_inputs(entry, bundle.requests, encoded, prompt, negative, num, bundle.shape_at(size)[-2:])
 
     def _batches(
         self,
@@ -377,7 +377,10 @@ class Sampler:
         requests: Mapping[str, Any] | None,
         size: tuple[int, int] | None,
         latents: bool,
+        tile: int | None = None,
     ) -> Array:
+        if tile is not None and self.bundle.decoder is not None:
+            tile_of(self.bundle.decoder, tile)  # a clear error before the loop runs
         if num < 1 or batch < 1:
             raise InputError(f"expected --num and --batch of 1 or more; found {num} and {batch}")
         given, shape = take_all(self.bundle.requests, requests or {}, num), self.bundle.shape_at(size)
@@ -386,7 +389,9 @@ class Sampler:
             indices = range(start, min(start + batch, num))
             part = {name: values[start : indices.stop] for name, values in given.items()}
             states = states_from(noise_for(shape, seed, indices), part)
-            chunks.append(states if latents else self.decode(states))
+            clock = time.perf_counter()
+            chunks.append(states if latents else self.decode(states, tile))
+            self.decoding += time.perf_counter() - clock
             if progress:
                 progress(len(indices))
         return np.concatenate(chunks)

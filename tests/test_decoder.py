@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def test_large_images_are_decoded_in_parts(bundle: Path, monkeypatch: pytest.Mon
             return run(feeds)
 
         monkeypatch.setattr(session, "run", counted)
-        monkeypatch.setattr("mteo_deploy.sampler.DECODED_AT_ONCE", 2 * 16 * 16)
+        monkeypatch.setattr("mteo_deploy.decoding.AT_ONCE", 2 * 16 * 16)
         np.testing.assert_allclose(sampler.decode(latents), whole, atol=1e-5)
         assert calls == [2, 1]
 
@@ -185,3 +186,63 @@ def test_tiny_autoencoder_and_means_per_channel() -> None:
         vae = random_vae(shift_factor=None, latents_mean=(0.1, -0.2), latents_std=(0.7, 1.3)).eval()
         mean, std = (torch.tensor(values).reshape(1, 2, 1, 1) for values in ((0.1, -0.2), (0.7, 1.3)))
         torch.testing.assert_close(Decoder(vae)(latents), vae.decode(latents * std / 0.5 + mean).sample)
+
+
+def tiled(vae: AutoencoderKL, latents: np.ndarray, tile: int) -> np.ndarray:
+    """As diffusers decodes in tiles of so many latents."""
+    vae.enable_tiling()
+    vae.tile_latent_min_size, vae.tile_sample_min_size = tile, 2 * tile
+    try:
+        return images_of(vae, latents)
+    finally:
+        vae.disable_tiling()
+
+
+@pytest.mark.parametrize(("tile", "size"), [(4, (8, 8)), (8, (14, 20)), (8, (10, 30))])
+def test_tiles_are_diffusers(bundle: Path, vae: AutoencoderKL, tile: int, size: tuple[int, int]) -> None:
+    """Overlap and blending, with tiles that are cut short at the edges; and not the image decoded whole."""
+    latents = np.random.default_rng(3).standard_normal((3, 2, *size), dtype=np.float32)
+    with Sampler.load(bundle) as sampler:
+        found, whole = sampler.decode(latents, tile), sampler.decode(latents)
+        assert found.shape == whole.shape and relative(found, tiled(vae, latents, tile)) < 1e-5
+        assert relative(found, whole) > 1e-2
+        np.testing.assert_array_equal(sampler.decode(latents, 0), whole)
+        np.testing.assert_array_equal(sampler.decode(latents, 32), whole)  # not larger than a tile
+        given = sampler.bundle.reference_requests(2)
+        drawn = sampler(2, requests=given, size=size, latents=True)
+        np.testing.assert_allclose(sampler(2, requests=given, size=size, tile=tile), sampler.decode(drawn, tile), atol=1e-5)
+
+
+def test_a_bundle_exported_for_tiles(model: Path, vae: AutoencoderKL, tmp_path: Path) -> None:
+    """Its states have one size, its decoder takes any; verify compares tiles with tiles."""
+    output, requests = tmp_path / "bundle", tmp_path / "prompt.npz"
+    export = ["export", "--model", str(model), "--plain", "--steps", "1", "--realisation", "baked", "-q", "-o", str(output)]
+    done = CliRunner().invoke(main, [*export, "--tile", "4"])
+    assert done.exit_code == 0, done.output
+    built = build(output, engine="onnxruntime", threads=1, seconds=0.1, quiet=True)
+    entry = Bundle.open(output).decoder
+    assert built and entry is not None and entry["tile"] == 4 and entry["open"]
+    assert Bundle.open(output).manifest["dynamic"] == ["batch"]
+    report = verify(output, seconds=0, quiet=True)
+    assert report.passed, failed(report)
+    np.savez(requests, **Bundle.open(output).reference_requests(1))
+    draw = ["sample", str(output), "--num", "2", "--requests", str(requests), "-q"]
+    for name, options in {"tiles": [], "whole": ["--tile", "0"], "latents": ["--latents"]}.items():
+        done = CliRunner().invoke(main, [*draw, *options, "-o", str(tmp_path / f"{name}.npz")])
+        assert done.exit_code == 0 and ("of it decoding" in done.output) == (name != "latents"), done.output
+    tiles, whole, latents = (np.load(tmp_path / f"{name}.npz")["images"] for name in ("tiles", "whole", "latents"))
+    assert relative(tiles, tiled(vae, latents, 4)) < 1e-4 and relative(whole, images_of(vae, latents)) < 1e-4
+    found = CliRunner().invoke(main, [*draw, "--json", "-o", str(tmp_path / "again.npz")])
+    assert 0 < json.loads(found.output)["decoding"] < json.loads(found.output)["seconds"]
+
+
+def test_tiles_that_are_refused(model: Path, bundle: Path, tiny_model: Path, tmp_path: Path) -> None:
+    fixed = altered(bundle, tmp_path / "fixed", lambda manifest: manifest["decoder"].update(open=False))
+    build(fixed, engine="onnxruntime", threads=1, seconds=0.1, quiet=True)
+    with Sampler.load(fixed) as sampler, pytest.raises(InputError, match=r"any height and width for --tile.*--tile 8, or with"):
+        sampler(1, requests=sampler.bundle.reference_requests(1), tile=8)
+    for tile in (6, -4):
+        with pytest.raises(InputError, match=f"multiple of 4 latents .*found {tile}"):
+            load_pipeline(load_backbone(model), tile)
+    with pytest.raises(InputError, match="--tile with a pipeline whose VAE is decoded"):
+        load_pipeline(load_backbone(tiny_model), 8)

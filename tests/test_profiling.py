@@ -78,6 +78,22 @@ def found() -> Profile:
     return Profile("bundle", "onnxruntime", "cpu", "fp32", "baked", 1, ours, [cost("c", "convolution", 9.0)])
 
 
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_decoder_and_text_encoder(engine: str, pipeline_bundle: Path, tmp_path: Path) -> None:
+    """Once per sampling, beside the loop and not in it."""
+    path = altered(pipeline_bundle, tmp_path / "b")
+    build(path, engine=engine, realisation="table", threads=1, seconds=0.1, quiet=True)
+    found = profile(path, loops=3, quiet=True)
+    beside = ["graphs/decoder.onnx", "graphs/text_encoder.onnx"]
+    assert {layer.graph for layer in found.beside} == {*beside} and {layer.runs for layer in found.beside} == {1}
+    assert not {layer.graph for layer in (*found.layers, *found.conditioned)} & {*beside}
+    assert list(found.graphs())[-2:] == beside and all(found.graphs()[graph] > 0 for graph in beside)
+    assert sum(layer.group == "convolution" for layer in found.beside) > 5
+    assert sum(ours for ours, _ in found.groups().values()) == pytest.approx(sum(layer.milliseconds for layer in found.layers))
+    rows = {e["args"]["name"] for e in found.chrome_trace()["traceEvents"] if e["ph"] == "M"}
+    assert rows == {"table", "time-conditioned", "beside both"}
+
+
 def test_sums(found: Profile) -> None:
     assert found.graphs() == {"a": 3.0, "b": 4.0}
     assert list(found.groups().items()) == [("convolution", (2.0, 9.0)), ("norm", (5.0, 0.0))]

@@ -85,7 +85,8 @@ def test_encoders_are_diffusers(kind: str, pipeline_model: Path, xl_model: Path)
 @pytest.mark.filterwarnings("ignore:the prompt")
 def test_token_ids_are_the_slow_tokenizers(xl_model: Path) -> None:
     encoder = encoder_of(xl_model)
-    for name, found in zip(("tokenizer", "tokenizer_2"), tokenise(encoder.tokenizers, TEXTS), strict=True):
+    tokens = tokenise(encoder.to_json(), encoder.tokenizers, TEXTS)
+    for name, found in (("tokenizer", tokens["input_ids"]), ("tokenizer_2", tokens["input_ids_2"])):
         own = CLIPTokenizer.from_pretrained(xl_model / name)
         expected = own(TEXTS, padding="max_length", max_length=77, truncation=True, return_tensors="np").input_ids
         np.testing.assert_array_equal(found, expected)
@@ -93,8 +94,7 @@ def test_token_ids_are_the_slow_tokenizers(xl_model: Path) -> None:
 
 def test_the_graph_of_two_encoders_equals_torch(xl_model: Path) -> None:
     encoder = encoder_of(xl_model)
-    ids = tokenise(encoder.tokenizers, TEXTS[:3])
-    found = evaluate(trace_text_encoder(encoder), dict(zip(encoder.inputs, ids, strict=True)))
+    found = evaluate(trace_text_encoder(encoder), encoder.tokenise(TEXTS[:3]))
     assert found is not None
     for values, expected in zip(found, encoder.encode(TEXTS[:3]).values(), strict=True):
         assert relative(values, expected) < 1e-5
@@ -183,7 +183,7 @@ def test_verify_compares_the_text_encoder(pipeline_bundle: Path, monkeypatch: py
     assert {"text encoder", "tokenizer"} <= {check.name for check in report.checks}
     encode = Sampler.encode
     monkeypatch.setattr(Sampler, "encode", lambda *a: {name: v + 0.01 for name, v in encode(*a).items()})
-    monkeypatch.setattr("mteo_deploy.numerics.tokenise", lambda *a: [ids + (ids == 320) for ids in tokenise(*a)])
+    monkeypatch.setattr("mteo_deploy.numerics.tokenise", lambda *a: {n: ids + (ids == 320) for n, ids in tokenise(*a).items()})
     assert failed(verify(pipeline_bundle, seconds=0, quiet=True)) == {"text encoder", "tokenizer"}
 
 

@@ -135,3 +135,12 @@ def test_save(tiny_sampler: Sampler, tmp_path: Path) -> None:
         assert sheet.size == (2 * (2 * 8 + 3 * 2), 2 * (2 * 8 + 3 * 2))
     with pytest.raises(InputError, match=r"\.png or \.npz"):
         save(images, tmp_path / "images.gif")
+
+
+def test_png_of_a_video_is_refused(tmp_path: Path) -> None:
+    videos = np.zeros((2, 3, 4, 4, 8), np.float32)
+    with pytest.raises(InputError, match=r"npz for samples of 3x4x4x8, which are videos; found .*grid.png"):
+        save(videos, tmp_path / "grid.png")
+    save(videos, tmp_path / "videos.npz")
+    with np.load(tmp_path / "videos.npz") as found:
+        np.testing.assert_array_equal(found["images"], videos)

@@ -21,7 +21,7 @@ from mteo_deploy.exporters.base import Adapter
 from mteo_deploy.exporters.export import export
 from mteo_deploy.exporters.schedulers import noise_levels, scheduler_points
 from mteo_deploy.plan import Plan, compile_plan
-from mteo_deploy.schedules import EDMLevels, FlowLevels
+from mteo_deploy.schedules import EDMLevels, FlowLevels, NoiseLevels
 from mteo_deploy.verification import verify
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # diffusers with numpy 2.4
@@ -212,3 +212,18 @@ def test_scheduler_without_time_points(config: dict[str, Any], steps: int, named
 def test_configurations_that_are_not_supported(config: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="expected"):
         noise_levels(config)
+
+
+def test_noise_levels_of_the_pipelines() -> None:
+    """Sana's multistep scheduler is flow matching; CogVideoX's shifts its signal-to-noise ratio and may end in noise alone."""
+    flow = diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    name = {"_class_name": "DPMSolverMultistepScheduler"}
+    assert noise_levels({**flow.config, **name}) == (FlowLevels(3.0), "flow_prediction")
+    with pytest.raises(InputError, match="with use_flow_sigmas"):
+        noise_levels({**flow.config, **name, "use_flow_sigmas": False})
+    video = diffusers.CogVideoXDDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True, snr_shift_scale=3.0)
+    levels, kind = noise_levels({**video.config, "_class_name": "CogVideoXDDIMScheduler"})
+    abar = video.alphas_cumprod.double().numpy()
+    assert kind == "v_prediction" and abar[-1] == 0 and isinstance(levels, NoiseLevels)
+    np.testing.assert_allclose(levels.sigma[:-1], np.sqrt((1 - abar) / abar.clip(1e-9))[:-1])
+    assert levels.sigma[-1] == np.sqrt(2.0**24 - 1)

@@ -8,9 +8,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 from mteo_deploy.bundle import Bundle
+from mteo_deploy.exporters import trace
 from mteo_deploy.exporters.evaluate import evaluate
 from mteo_deploy.exporters.passes import run_passes
 from mteo_deploy.exporters.passes.views import Views
@@ -139,3 +142,18 @@ def test_step_graphs_compute_no_shapes(tiny_bundle: Path) -> None:
     (first, *_) = bundle.step_graphs
     graph = onnx.load(str(bundle.file(first["graph"])), load_external_data=False).graph
     assert {"conv_in", "conv_out", "down_blocks.0.resnets.0.conv1"} <= {node.name for node in graph.node}
+
+
+class Quotient(torch.nn.Module):
+    """Nearly nothing added, nearly one multiplied by."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.relu() / (x.relu().sum(1, keepdim=True) + 1e-15) * 1.000004
+
+
+def test_small_constants_stay() -> None:
+    """onnxscript takes them for zero and for one; zero over zero is then no number."""
+    model = trace._export(Quotient(), (torch.zeros(2, 3),), ["x"], ["y"], None)
+    x = np.array([[-1, -2, -3], [1, 2, 3]], np.float32)
+    (found,) = ReferenceEvaluator(ir.to_proto(model)).run(None, {"x": x})
+    np.testing.assert_allclose(found, [[0, 0, 0], np.array([1, 2, 3]) / 6 * 1.000004], rtol=2e-7)

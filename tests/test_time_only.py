@@ -13,15 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx_ir as ir
 import pytest
 import torch
 from diffusers import (
     AuraFlowTransformer2DModel,
     CogVideoXDDIMScheduler,
     CogVideoXTransformer3DModel,
-    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     Lumina2Transformer2DModel,
     QwenImageTransformer2DModel,
@@ -40,104 +37,24 @@ from families import (
     step_weights,
 )
 from helpers import failed, relative
-from onnx.reference import ReferenceEvaluator
+from networks import auraflow, cogvideox, lumina, qwen, sana
 
-from mteo_deploy import images
 from mteo_deploy.bundle import Bundle
 from mteo_deploy.distillation import Recipe, distill
 from mteo_deploy.engines.build import build
 from mteo_deploy.errors import InputError
-from mteo_deploy.exporters import trace
 from mteo_deploy.exporters.base import Adapter, families, load_backbone
 from mteo_deploy.exporters.cogvideox import CogVideoXAdapter
 from mteo_deploy.exporters.describe import describe, parameter_times
 from mteo_deploy.exporters.export import export
 from mteo_deploy.exporters.rotary import RealRotations, Rotation
-from mteo_deploy.exporters.schedulers import noise_levels
 from mteo_deploy.realisations import NAMES
 from mteo_deploy.sampler import noise_for
-from mteo_deploy.schedules import FlowLevels, NoiseLevels
 from mteo_deploy.verification import verify
 
 SIZE, TOKENS = (4, 8), 6
 
 Requests = dict[str, torch.Tensor]
-
-
-def qwen(**options: Any) -> QwenImageTransformer2DModel:
-    return QwenImageTransformer2DModel(
-        in_channels=16,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=12,
-        num_attention_heads=2,
-        joint_attention_dim=10,
-        axes_dims_rope=(4, 4, 4),
-        **options,
-    )
-
-
-def auraflow() -> AuraFlowTransformer2DModel:
-    return AuraFlowTransformer2DModel(
-        sample_size=8,
-        num_mmdit_layers=1,
-        num_single_dit_layers=1,
-        attention_head_dim=12,
-        num_attention_heads=2,
-        joint_attention_dim=10,
-        caption_projection_dim=24,
-        pos_embed_max_size=16,
-    )
-
-
-def lumina(**options: Any) -> Lumina2Transformer2DModel:
-    return Lumina2Transformer2DModel(
-        sample_size=8,
-        in_channels=4,
-        hidden_size=24,
-        num_layers=1,
-        num_refiner_layers=1,
-        num_attention_heads=2,
-        num_kv_heads=1,
-        multiple_of=8,
-        axes_dim_rope=(4, 4, 4),
-        axes_lens=(12, 8, 8),
-        cap_feat_dim=10,
-        **options,
-    )
-
-
-def cogvideox(**options: Any) -> CogVideoXTransformer3DModel:
-    return CogVideoXTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=4,
-        time_embed_dim=12,
-        text_embed_dim=10,
-        num_layers=1,
-        sample_width=8,
-        sample_height=4,
-        sample_frames=9,
-        max_text_seq_length=TOKENS,
-        **options,
-    )
-
-
-def sana(**options: Any) -> SanaTransformer2DModel:
-    return SanaTransformer2DModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        num_layers=1,
-        num_attention_heads=2,
-        attention_head_dim=12,
-        num_cross_attention_heads=2,
-        cross_attention_head_dim=12,
-        cross_attention_dim=24,
-        caption_channels=10,
-        **options,
-    )
 
 
 def call_qwen(network: Any, state: torch.Tensor, t: torch.Tensor, requests: Requests) -> torch.Tensor:
@@ -363,15 +280,6 @@ def test_verify_takes_videos(bundle: Path) -> None:
     assert report.passed, failed(report)
 
 
-def test_png_of_a_video_is_refused(tmp_path: Path) -> None:
-    videos = np.zeros((2, 3, 4, 4, 8), np.float32)
-    with pytest.raises(InputError, match=r"npz for samples of 3x4x4x8, which are videos; found .*grid.png"):
-        images.save(videos, tmp_path / "grid.png")
-    images.save(videos, tmp_path / "videos.npz")
-    with np.load(tmp_path / "videos.npz") as found:
-        np.testing.assert_array_equal(found["images"], videos)
-
-
 def test_rotations_are_complex_products() -> None:
     """What a network computes with complex numbers, at the same places, is what it computes without."""
     values, factors = torch.randn(2, 5, 3, 8), torch.polar(torch.ones(5, 4), torch.randn(5, 4))
@@ -458,33 +366,3 @@ def test_published_configuration(name: str) -> None:
     assert sum(sizes[one] for one in times["steps"]) == steps
     parts = (*FAMILIES[family].time, *(["scale_shift_table"] if family == "sana" else []))
     assert times["removed"] == {one for one in sizes if any(part in one for part in parts)}
-
-
-class Quotient(torch.nn.Module):
-    """Nearly nothing added, nearly one multiplied by."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.relu() / (x.relu().sum(1, keepdim=True) + 1e-15) * 1.000004
-
-
-def test_small_constants_stay() -> None:
-    """onnxscript takes them for zero and for one; zero over zero is then no number."""
-    model = trace._export(Quotient(), (torch.zeros(2, 3),), ["x"], ["y"], None)
-    x = np.array([[-1, -2, -3], [1, 2, 3]], np.float32)
-    (found,) = ReferenceEvaluator(ir.to_proto(model)).run(None, {"x": x})
-    np.testing.assert_allclose(found, [[0, 0, 0], np.array([1, 2, 3]) / 6 * 1.000004], rtol=2e-7)
-
-
-def test_noise_levels_of_the_pipelines() -> None:
-    """Sana's multistep scheduler is flow matching; CogVideoX's shifts its signal-to-noise ratio and may end in noise alone."""
-    flow = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    name = {"_class_name": "DPMSolverMultistepScheduler"}
-    assert noise_levels({**flow.config, **name}) == (FlowLevels(3.0), "flow_prediction")
-    with pytest.raises(InputError, match="with use_flow_sigmas"):
-        noise_levels({**flow.config, **name, "use_flow_sigmas": False})
-    video = CogVideoXDDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True, snr_shift_scale=3.0)
-    levels, kind = noise_levels({**video.config, "_class_name": "CogVideoXDDIMScheduler"})
-    abar = video.alphas_cumprod.double().numpy()
-    assert kind == "v_prediction" and abar[-1] == 0 and isinstance(levels, NoiseLevels)
-    np.testing.assert_allclose(levels.sigma[:-1], np.sqrt((1 - abar) / abar.clip(1e-9))[:-1])
-    assert levels.sigma[-1] == np.sqrt(2.0**24 - 1)

@@ -33,6 +33,7 @@ from families import (
     step_weights,
 )
 from helpers import failed, relative
+from networks import flux, pixart, sd3
 
 from mteo_deploy.bundle import Bundle
 from mteo_deploy.distillation import Recipe, distill
@@ -50,50 +51,6 @@ SIZE, TOKENS = (4, 8), 5
 ROWS, COLUMNS = SIZE[0] // 2, SIZE[1] // 2
 
 Requests = dict[str, torch.Tensor]
-
-
-def flux(**options: Any) -> FluxTransformer2DModel:
-    return FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=12,
-        pooled_projection_dim=10,
-        axes_dims_rope=(4, 6, 6),
-        **options,
-    )
-
-
-def sd3(**options: Any) -> SD3Transformer2DModel:
-    return SD3Transformer2DModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=12,
-        caption_projection_dim=32,
-        pooled_projection_dim=10,
-        pos_embed_max_size=8,
-        **options,
-    )
-
-
-def pixart(**options: Any) -> PixArtTransformer2DModel:
-    return PixArtTransformer2DModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=8,
-        num_layers=2,
-        attention_head_dim=12,
-        num_attention_heads=2,
-        cross_attention_dim=24,
-        caption_channels=10,
-        **options,
-    )
 
 
 def call_flux(network: Any, state: torch.Tensor, t: float, requests: Requests) -> torch.Tensor:
@@ -208,6 +165,7 @@ exported = pytest.mark.parametrize("model", EXPORTED, indirect=True)
 def test_adapter_is_the_model(model: Path, adapter: Adapter) -> None:
     family, network = FAMILIES[model.name], adapter.network_class.from_pretrained(model / "transformer")
     state, given = torch.randn(3, *adapter.sample_shape), adapter.draw_requests(3, 1)
+    given |= {r.name: 1 + torch.arange(3.0) for r in adapter.requests if r.default is not None}
     assert adapter.sample_shape == (4, *SIZE) and len(adapter.sites) == family.sites
     with torch.no_grad():
         expected = family.call(network, state, 300.0, given)

@@ -11,8 +11,8 @@ import onnx
 import pytest
 import torch
 from click.testing import CliRunner
-from diffusers import DDIMScheduler, UNet2DConditionModel
-from families import check_checkpointing
+from diffusers import ControlNetModel, DDIMScheduler, UNet2DConditionModel
+from families import check_checkpointing, engine_error
 from helpers import relative
 
 from mteo_deploy import plan as plans
@@ -187,3 +187,66 @@ def test_published_configuration() -> None:
     assert [site.width for site in found.sites] == [1280] * 22
     gone = [p.numel() for name, p in network.named_parameters() if "time_emb" in name]
     assert found.parameter_count == 859_520_964 and round(sum(gone) / found.parameter_count, 3) == 0.032
+
+
+@pytest.fixture(scope="module")
+def controlled(model: Path) -> Adapter:
+    return load_backbone(model, size=(8, 12), controlnet=True)
+
+
+@torch.no_grad()
+def residuals_of(controlled: Adapter, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What a real ControlNet gives for a picture: of this network's shape, its outputs drawn at random instead of zero."""
+    torch.manual_seed(5)
+    network = ControlNetModel.from_unet(controlled.network, conditioning_embedding_out_channels=(4, 8))
+    for parameter in network.parameters():
+        parameter.add_(0.05 * torch.randn_like(parameter))
+    pooled = {name: given[name] for name in ("text_embeds", "time_ids") if name in given}
+    picture, state = torch.rand(3, 3, 16, 24), torch.randn(3, 2, 8, 12)
+    down, middle = network(state, 300, given["encoder_hidden_states"], picture, added_cond_kwargs=pooled, return_dict=False)
+    found = {f"down_block_additional_residual_{i}": values for i, values in enumerate(down)}
+    return {**found, "mid_block_additional_residual": middle}
+
+
+def test_residuals_of_a_controlnet(model: Path, controlled: Adapter) -> None:
+    """Their shapes are a ControlNet's, and the network with them is diffusers'."""
+    network = UNet2DConditionModel.from_pretrained(model / "unet", use_safetensors=True)
+    given = controlled.draw_requests(3, 1)
+    made = residuals_of(controlled, given)
+    assert {name: tuple(values.shape[1:]) for name, values in made.items()} == {r.name: r.shape for r in controlled.residuals}
+    given |= made
+    pooled = {name: given[name] for name in ("text_embeds", "time_ids") if name in given}
+    state, (*down, middle) = torch.randn(3, 2, 8, 12), made.values()
+    with torch.no_grad():
+        expected = network(
+            state,
+            300,
+            encoder_hidden_states=given["encoder_hidden_states"],
+            added_cond_kwargs=pooled,
+            down_block_additional_residuals=tuple(down),
+            mid_block_additional_residual=middle,
+        ).sample
+        torch.testing.assert_close(controlled.at_timestep(state, 300.0, **given), expected)
+        for name in made:
+            other = controlled.at_timestep(state, 300.0, **{**given, name: given[name].roll(1, 0)})
+            assert relative(other.numpy(), expected.numpy()) > 1e-4, name
+
+
+def test_residuals_reach_the_engine(model: Path, controlled: Adapter, tmp_path: Path) -> None:
+    """Under guidance both branches get the same; every realisation equals torch, verify passes."""
+    made = export(tmp_path / "bundle", model=controlled, steps=2, plain=True, guidance_scale=3.0, quiet=True)
+    build(made, engine="onnxruntime", realisation="table", threads=1, quiet=True)
+    assert not [request for request in made.requests if request.name.startswith(("negative_down", "negative_mid"))]
+    both = guided(controlled, 3.0)
+    assert max(engine_error(made.path, realisation, both) for realisation in NAMES) < 1e-4
+    report = verify(made.path, seconds=0, quiet=True)
+    assert report.passed, [check for check in report.checks if not check.passed]
+
+
+def test_residuals_fix_the_size(model: Path, controlled: Adapter, tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="takes other sizes"):
+        export(tmp_path / "bundle", model=controlled, steps=1, plain=True, dynamic=["batch", "height", "width"], quiet=True)
+    with pytest.raises(InputError, match="--controlnet with a UNet2DConditionModel; found a UNet2DModel"):
+        load_backbone(tiny_model, controlnet=True)
+    shown = CliRunner().invoke(main, ["inspect", "--model", str(model), "--controlnet"])
+    assert "mid_block_additional_residual float32 [32, 4, 4]" in " ".join(shown.output.split())

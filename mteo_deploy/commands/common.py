@@ -82,14 +82,25 @@ def parse_bytes(option: str, text: str) -> int:
     return int(float(found[1]) * 1000 ** " kMGT".index(found[2] or " "))
 
 
-def open_backbone(model: Path | None, adapter: str | None, size: str | None, tokens: int | None) -> Any:
+def open_backbone(
+    model: Path | None,
+    adapter: str | None,
+    size: str | None,
+    tokens: int | None,
+    lora: tuple[str, ...],
+    controlnet: bool,
+    weights: bool = True,
+) -> Any:
     """What ``--model`` and the options beside it name: a path, None for the packaged backbone, or one opened as they say."""
-    if adapter is None and size is None and tokens is None:
+    if adapter is None and size is None and tokens is None and not lora and not controlnet and weights:
         return model
     from mteo_deploy import assets
     from mteo_deploy.exporters.base import load_backbone
+    from mteo_deploy.exporters.lora import Lora
 
-    return load_backbone(model or assets.MODEL, adapter, None if size is None else parse_size(size), tokens)
+    shape = None if size is None else parse_size(size)
+    loras = [Lora.parse(text) for text in lora]
+    return load_backbone(model or assets.MODEL, adapter, shape, tokens, weights or bool(loras), loras, controlnet)
 
 
 def named_values(option: str, texts: tuple[str, ...]) -> dict[str, str]:
@@ -123,6 +134,8 @@ def backbone_options(function: Callable[..., None]) -> Callable[..., None]:
 
     wrapped = verb(with_revision)
     for option in (
+        click.option("--controlnet", is_flag=True, help="Take a ControlNet's residuals as request inputs: docs/backbones.md."),
+        click.option("--lora", multiple=True, metavar="PATH[:SCALE]", help="LoRA weights (.safetensors) to fuse; repeatable."),
         click.option("--tokens", type=int, help="Length of a prompt, padded [default: the backbone's own]."),
         click.option("--size", help="HEIGHTxWIDTH of the states (latents) [default: the backbone's own]."),
         click.option("--adapter", metavar="MODULE:CLASS", help="An adapter of your own: docs/backbones.md."),

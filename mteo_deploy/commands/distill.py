@@ -59,6 +59,8 @@ def distill(
     adapter: str | None,
     size: str | None,
     tokens: int | None,
+    lora: tuple[str, ...],
+    controlnet: bool,
     steps: int,
     solver: str,
     schedule: str | None,
@@ -89,7 +91,7 @@ def distill(
     from mteo_deploy.distillation.parallel import is_main
 
     result = run(
-        open_backbone(model, adapter, size, tokens) or assets.MODEL,
+        open_backbone(model, adapter, size, tokens, lora, controlnet) or assets.MODEL,
         output,
         steps=steps,
         solver=solver,

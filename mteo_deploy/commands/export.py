@@ -35,6 +35,7 @@ from mteo_deploy.commands.common import (
 @click.option("--realisation", "realisations", multiple=True, help="baked, table or fused; repeatable [default: all].")
 @click.option("--dynamic", help="Axes left open, of batch,height,width [default: batch, unless --batch is one size].")
 @click.option("--batch", help="One size: the only one. Several, by comma: the batch stays open, build compiles for these.")
+@click.option("--tile", type=int, help="Decode larger images in tiles of so many latents [default: whole].")
 @click.option("--passes", default="absorb,hoist", show_default=True, help="Optional compiler passes, by comma; '' for none.")
 @click.option(
     "--precision", default="fp32", show_default=True, help="Types in the graphs: fp32, fp16, bf16, int8, fp8 or int4."
@@ -56,6 +57,8 @@ def export(
     adapter: str | None,
     size: str | None,
     tokens: int | None,
+    lora: tuple[str, ...],
+    controlnet: bool,
     as_json: bool,
     quiet: bool,
     output: Path,
@@ -80,7 +83,7 @@ def export(
     options["dynamic"] = None if dynamic is None else split_names(dynamic)
     options["batch"] = [] if batch is None else integers("--batch", batch)
     options["keep"] = [] if keep is None else split_names(keep)
-    options["model"] = open_backbone(model, adapter, size, tokens)
+    options["model"] = open_backbone(model, adapter, size, tokens, lora, controlnet)
     bundle = run(output, passes=split_names(passes), quiet=quiet or as_json, **options)
     compiler = bundle.manifest["compiler"]
     if as_json:

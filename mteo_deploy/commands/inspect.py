@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from mteo_deploy.commands.common import PATH, backbone_options, emit, json_option, parse_size, show_table, verb
+from mteo_deploy.commands.common import PATH, backbone_options, emit, json_option, open_backbone, show_table, verb
 from mteo_deploy.errors import InputError
 
 
@@ -28,10 +28,17 @@ def _show_diff(found: list[dict[str, Any]]) -> None:
         click.echo("")
 
 
+def _show_loras(loras: list[dict[str, Any]]) -> None:
+    named = [f"{one['file']} ({one['scale']:g})" for one in loras]
+    if named:
+        click.echo(f"lora       {', '.join(named)}, fused")
+
+
 def _show_backbone(found: dict[str, Any]) -> None:
     levels, baking, requests = found["levels"], found["baking"], found["requests"]
     multiple, opened = found["sizes"]["fixed"], found["sizes"]["open"]
     click.echo(f"backbone   {found['family']} ({found['source']}), {found['parameters']:,} parameters")
+    _show_loras(found["loras"])
     sizes = f"others in multiples of {multiple}" if multiple else "no other"
     left = f"export can leave it open in multiples of {opened}" if opened else "export cannot leave it open"
     click.echo(f"samples    {'x'.join(map(str, found['sample_shape']))}; {sizes}; {left}")
@@ -65,6 +72,8 @@ def inspect(
     adapter: str | None,
     size: str | None,
     tokens: int | None,
+    lora: tuple[str, ...],
+    controlnet: bool,
     other: Path | None,
     as_json: bool,
 ) -> None:
@@ -76,10 +85,9 @@ def inspect(
               mteo-deploy inspect bundle.after-update --diff bundle.after-absorb
     """
     if path is None and model is not None:
-        from mteo_deploy.exporters.base import load_backbone
         from mteo_deploy.exporters.describe import describe
 
-        backbone = describe(load_backbone(model, adapter, None if size is None else parse_size(size), tokens, weights=False))
+        backbone = describe(open_backbone(model, adapter, size, tokens, lora, controlnet, weights=False))
         emit(backbone) if as_json else _show_backbone(backbone)
         return
     if path is None or model is not None:
@@ -106,6 +114,7 @@ def inspect(
             f"backbone   {backbone['family']} ({backbone['source']}), {backbone['parameters']:,} parameters, "
             f"samples {'x'.join(map(str, backbone['sample_shape']))}, {backbone['prediction_type']}"
         )
+        _show_loras(backbone.get("loras", []))
         click.echo(f"embeddings {embeddings['parameters']:,} numbers at {len(embeddings['sites'])} sites")
         click.echo(f"open       {opened}{sizes}")
         click.echo(f"requests   {', '.join(map(_request, found['requests'])) or 'none'}")

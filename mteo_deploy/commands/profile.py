@@ -35,6 +35,8 @@ from mteo_deploy.commands.common import (
 def profile(bundle: Path, output: Path | None, top: int, as_json: bool, quiet: bool, **options: Any) -> None:
     """Where the time of one sampling goes, by what layers do, beside ordinary time conditioning.
 
+    Decoder and text encoder are the same for both: they are in the list of graphs.
+
     Example:  mteo-deploy profile bundle -o sample.trace.json
     """
     from mteo_deploy.profiling import profile as run
@@ -55,7 +57,7 @@ def profile(bundle: Path, output: Path | None, top: int, as_json: bool, quiet: b
     show_table(title, ["layers", found.realisation, "share", "time-conditioned", ""], rows)
     graphs = found.graphs()
     show_table("", ["graph", "ms in one sampling"], [[name, f"{took:.3f}"] for name, took in graphs.items()])
-    longest = sorted(found.layers, key=lambda layer: -layer.milliseconds)[:top]
+    longest = sorted([*found.layers, *found.beside], key=lambda layer: -layer.milliseconds)[:top]
     rows = [[layer.name[-60:], layer.kind, layer.graph, f"{layer.milliseconds:.3f}"] for layer in longest]
     show_table("", ["longest layers", "kind", "graph", "ms in one sampling"], rows)
     click.echo("times with profiling switched on: for shares and differences; for totals see: mteo-deploy verify")

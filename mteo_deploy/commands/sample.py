@@ -35,6 +35,9 @@ from mteo_deploy.commands.common import (
 @click.option("--prompt", multiple=True, help="For all images; repeatable: one for each. Needs a bundle with a text encoder.")
 @click.option("--negative-prompt", multiple=True, help="Likewise, for a bundle with guidance [default: the empty one].")
 @click.option("--latents", is_flag=True, help="Leave them as they are, where the bundle could decode them.")
+@click.option(
+    "--tile", type=int, help="Decode larger images in tiles of so many latents; 0: whole [default: the bundle's own]."
+)
 @click.option("--class-labels", help="For a backbone with classes: one label, or as many as images, by comma.")
 @click.option("--guidance-scale", type=float, help="For a bundle with guidance [default: what it was exported with].")
 @click.option(
@@ -51,6 +54,7 @@ def sample(
     size: str | None,
     output: Path,
     latents: bool,
+    tile: int | None,
     prompt: tuple[str, ...],
     negative_prompt: tuple[str, ...],
     class_labels: str | None,
@@ -83,11 +87,12 @@ def sample(
         images.check_output(output, sampler.bundle.image_shape_at(shape))
         clock = time.perf_counter()
         task = report.task("sampling", num)
-        texts = {"prompt": list(prompt) or None, "negative_prompt": list(negative_prompt) or None}
-        drawn = sampler(num, seed, batch, lambda n: report.advance(task, n), requests, shape, latents, **texts)
-        seconds = time.perf_counter() - clock
+        given_texts = {"prompt": list(prompt) or None, "negative_prompt": list(negative_prompt) or None}
+        drawn = sampler(num, seed, batch, lambda n: report.advance(task, n), requests, shape, latents, tile=tile, **given_texts)
+        seconds, decoding = time.perf_counter() - clock, sampler.decoding
     images.save(drawn, output)
     if as_json:
-        emit({"output": str(output), "num": num, "seed": seed, "batch": batch, "seconds": seconds})
+        emit({"output": str(output), "num": num, "seed": seed, "batch": batch, "seconds": seconds, "decoding": decoding})
         return
-    click.echo(f"{output}: {num} images of {len(sampler.plan.evaluations)} evaluations each in {seconds:.2f} s")
+    share = f", {decoding / seconds:.0%} of it decoding" if sampler.bundle.decoder and not latents else ""
+    click.echo(f"{output}: {num} images of {len(sampler.plan.evaluations)} evaluations each in {seconds:.2f} s{share}")

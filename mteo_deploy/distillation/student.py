@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -87,7 +88,7 @@ class Student(torch.nn.Module):
     ) -> torch.Tensor:
         adapter, given = self.adapter[0], (self._cast(state), *map(self._cast, embeddings))
         if self.recompute and torch.is_grad_enabled():
-            found: torch.Tensor = checkpoint(adapter, *given, **requests, use_reentrant=False)
+            found: torch.Tensor = checkpoint(partial(adapter, **requests), *given, use_reentrant=False)
             return found.float()
         return adapter(*given, **requests).float()
 
