@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from random_dit import random_dit
 from rich.console import Console
 from rich.table import Table
 
@@ -42,31 +43,6 @@ from mteo_deploy.sampler import Sampler, noise_for
 
 Images = Callable[[], np.ndarray]
 Call = Callable[[dict[str, np.ndarray]], np.ndarray]
-
-
-def random_dit(directory: Path) -> Path:
-    """Pipeline directory of a DiT-S (33 M parameters, 64 tokens of 2x2) with random weights."""
-    from diffusers import DDIMScheduler, DiTTransformer2DModel
-
-    torch.manual_seed(0)
-    network = DiTTransformer2DModel(
-        num_attention_heads=6,
-        attention_head_dim=64,
-        in_channels=4,
-        out_channels=4,
-        num_layers=12,
-        sample_size=16,
-        num_embeds_ada_norm=10,
-    )
-    with torch.no_grad():
-        for parameter in network.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.02)
-    network.save_pretrained(directory / "transformer")
-    DDIMScheduler().save_pretrained(directory / "scheduler")
-    index = {"transformer": ["diffusers", "DiTTransformer2DModel"], "scheduler": ["diffusers", "DDIMScheduler"]}
-    (directory / "model_index.json").write_text(json.dumps({"_class_name": "DiTPipeline", **index}))
-    return directory
 
 
 class Network(torch.nn.Module):

@@ -49,7 +49,8 @@ def installed() -> list[Backend]:
 
 
 def doctor() -> list[dict[str, Any]]:
-    """Each engine: version, devices, precisions and options, or what is wrong and the way out."""
+    """Each engine: version, devices, precisions it computes in, by device those of ``graphs`` that it runs, and options; or
+    what is wrong and the way out."""
     from mteo_deploy.engines import options
 
     found: list[dict[str, Any]] = []
@@ -59,6 +60,7 @@ def doctor() -> list[dict[str, Any]]:
             entry |= {"version": one.version(), "devices": one.devices(), "precisions": list(one.precisions)}
             if not one.devices():
                 entry["problem"] = "no device that it can use"
+            entry["graphs"] = {device: list(one.runs(device)) for device in one.devices()}
             entry["machine"] = {device: one.machine(device, {}) for device in one.devices()}
         except MteoError as error:
             entry["problem"] = str(error)

@@ -11,9 +11,6 @@ from mteo_deploy.bundle import Bundle
 from mteo_deploy.engines.device import Values
 from mteo_deploy.progress import Reporter
 
-PRECISIONS = ("fp32", "bf16")
-"""What ``--precision`` takes. An engine that is given fp32 may not compute in less."""
-
 
 class Session(Protocol):
     """One graph opened in an engine."""
@@ -100,7 +97,7 @@ class Backend(Protocol):
     Attributes:
         name: what ``--engine`` takes.
         extra: what ``pip install 'mteo-deploy[extra]'`` installs it.
-        precisions: out of :data:`PRECISIONS`, those it can compute in.
+        precisions: out of :data:`mteo_deploy.precision.HINTS`, those it can compute in.
         engine_options: name -> option that this engine alone gives a meaning.
     """
 
@@ -118,6 +115,9 @@ class Backend(Protocol):
 
     def devices(self) -> list[str]:
         """Devices this engine can be asked for here, the fastest first."""
+
+    def runs(self, device: str) -> tuple[str, ...]:
+        """Out of :data:`mteo_deploy.precision.NAMES`, the precisions of graphs that it has every layer for on a device."""
 
     def machine(self, device: str, options: Mapping[str, Any]) -> str:
         """What a built engine must not be taken away from: the kind of machine it was compiled for, with these options."""

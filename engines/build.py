@@ -14,9 +14,10 @@ import numpy as np
 from mteo_deploy import latency
 from mteo_deploy.bundle import Bundle, whole_directory
 from mteo_deploy.engines import AUTO, backend, cache, installed
-from mteo_deploy.engines.base import PRECISIONS, Backend, Session
+from mteo_deploy.engines.base import Backend, Session
 from mteo_deploy.engines.options import read
 from mteo_deploy.errors import EngineError, InputError, MteoError
+from mteo_deploy.precision import HINTS
 from mteo_deploy.progress import Reporter, reporter
 from mteo_deploy.realisations import NAMES
 from mteo_deploy.sampler import Sampler, noise_for
@@ -59,7 +60,7 @@ def build(
         engine: a backend's name, or ``auto``: time those that are installed and take the fastest.
         device: ``cpu``, ...; None for the engine's best.
         realisation: ``baked``, ``table``, ``fused``, or ``auto``: time those the bundle has and take the fastest.
-        precision: ``fp32`` or ``bf16``; what the engine may compute in.
+        precision: ``fp32`` or ``bf16``; what the engine may compute in where the graphs' own types say no less.
         batch: batch sizes to compile for, the first one above all, which is also the one that is measured; empty for those
             that the bundle was exported for, and for any size, measured at 1, where it was for none.
         seconds: how long to measure.
@@ -77,8 +78,11 @@ def build(
     """
     if realisation not in (*NAMES, AUTO):
         raise InputError(f"expected --realisation out of {', '.join(NAMES)}, {AUTO}; found {realisation!r}")
-    if precision not in PRECISIONS:
-        raise InputError(f"expected --precision out of {', '.join(PRECISIONS)}; found {precision!r}")
+    if precision not in HINTS:
+        raise InputError(
+            f"expected --precision out of {', '.join(HINTS)}; found {precision!r}; it is what an engine may compute in; the "
+            "graphs' own types are chosen by: mteo-deploy export --precision"
+        )
     if any(size < 1 for size in batch) or seconds <= 0:
         raise InputError(f"expected --batch of 1 or more and --seconds above 0; found {list(batch)} and {seconds}")
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
@@ -126,6 +130,7 @@ def _candidate(
     if not devices:
         raise EngineError(f"expected a device that {target.name} can use; found none here; mteo-deploy doctor says more")
     found = Candidate(target, device or devices[0], options)
+    _check_types(bundle, found)
     task = report.task(f"building {target.name}", len(names) + 2)
     for name in names:
         found.sessions[name] = {}
@@ -139,6 +144,16 @@ def _candidate(
     found.realisation, found.measured = _choose(bundle, found.samplers, size, seconds)
     report.advance(task, 1, "measuring")
     return found
+
+
+def _check_types(bundle: Bundle, candidate: Candidate) -> None:
+    """An engine has every layer of the bundle's precision; what it would say itself names one layer and no way out."""
+    name, runs = bundle.manifest["precision"], candidate.backend.runs(candidate.device)
+    if name not in runs:
+        raise EngineError(
+            f"expected a bundle whose graphs are in {', '.join(runs)} for {candidate.backend.name} on {candidate.device}; "
+            f"found {name}; build with another --engine, or export again with another --precision"
+        )
 
 
 def _opener(bundle: Bundle, candidate: Candidate, sessions: dict[str, Session], report: Reporter) -> Callable[[str], Session]:

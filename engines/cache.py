@@ -18,20 +18,22 @@ from typing import Any
 
 from mteo_deploy.bundle import MANIFEST, Bundle, sha256_file
 from mteo_deploy.engines import AUTO, BACKENDS, backend
-from mteo_deploy.engines.base import PRECISIONS, Backend
+from mteo_deploy.engines.base import Backend
 from mteo_deploy.engines.options import keyed, read
 from mteo_deploy.errors import BundleError, InputError, MteoError
+from mteo_deploy.precision import label, rank
 
 RECORD = "engine.json"
 
 
 @dataclass(frozen=True)
 class Built:
-    """A built engine: the directory ``engines/<engine>-<device>-<key>/`` of a bundle, and its record."""
+    """A built engine: the directory ``engines/<engine>-<device>-<key>/`` of a bundle, its record, and the graphs' precision."""
 
     directory: Path
     backend: Backend
     record: dict[str, Any]
+    graphs: str = "fp32"
 
     @property
     def device(self) -> str:
@@ -44,8 +46,8 @@ class Built:
 
     @property
     def precision(self) -> str:
-        """What it was built to compute in."""
-        return str(self.options.get("precision", "fp32"))
+        """What it computes in: the graphs' types and its own hint, as :func:`mteo_deploy.precision.label`."""
+        return label(self.graphs, str(self.options.get("precision", "fp32")))
 
 
 def key_parts(bundle: Bundle, backend: Backend, device: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -129,7 +131,7 @@ def check(bundle: Bundle, path: Path) -> Built:
         raise BundleError("moved from another key")
     if files_of(path.parent) != record.get("files", {}):
         raise BundleError("its files were altered")
-    return Built(path.parent, target, record)
+    return Built(path.parent, target, record, bundle.manifest["precision"])
 
 
 def records(bundle: Bundle, engine: str = AUTO, device: str | None = None) -> list[Path]:
@@ -192,7 +194,7 @@ def every(bundle: Bundle, engines: Sequence[str] = (), device: str | None = None
             find(bundle, engine, device)  # says why there is none
     order = list(engines) or list(BACKENDS)
     wanted = [place for place in found if place[0] in order]
-    return [found[place] for place in sorted(wanted, key=lambda at: (order.index(at[0]), at[1], PRECISIONS.index(at[2])))]
+    return [found[place] for place in sorted(wanted, key=lambda at: (order.index(at[0]), at[1], rank(at[2])))]
 
 
 def _again(path: Path, engine: str) -> str:

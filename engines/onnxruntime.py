@@ -34,6 +34,7 @@ from mteo_deploy.engines.device import Values, closed
 from mteo_deploy.engines.options import of
 from mteo_deploy.engines.ortvalues import BoundSession, EngineFiles, OrtDevice
 from mteo_deploy.errors import EngineError, InputError, MissingPackageError
+from mteo_deploy.precision import NAMES
 from mteo_deploy.progress import Reporter
 
 CPU = "CPUExecutionProvider"
@@ -142,6 +143,11 @@ class OnnxRuntimeBackend:
         except EngineError:
             return ["cpu"]
         return ["cuda", "cpu"]
+
+    def runs(self, device: str) -> tuple[str, ...]:
+        return (
+            NAMES if device == "cuda" else tuple(name for name in NAMES if name != "bf16")
+        )  # no convolutions in it on the CPU
 
     def machine(self, device: str, options: Mapping[str, Any]) -> str:
         return platform.machine() + (f", {nvidia.gpus()[0]}" if device == "cuda" else "")

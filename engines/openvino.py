@@ -21,6 +21,7 @@ from mteo_deploy.engines.batches import SHARED, BatchSizes
 from mteo_deploy.engines.device import Values, closed
 from mteo_deploy.engines.options import of
 from mteo_deploy.errors import EngineError, MissingPackageError
+from mteo_deploy.precision import NAMES
 from mteo_deploy.progress import Reporter
 
 DEVICES = {"cpu": "CPU"}
@@ -112,6 +113,9 @@ class OpenVinoBackend:
     def devices(self) -> list[str]:
         available = _core().available_devices
         return [device for device, name in DEVICES.items() if name in available]
+
+    def runs(self, device: str) -> tuple[str, ...]:
+        return NAMES
 
     def machine(self, device: str, options: Mapping[str, Any]) -> str:
         core, name = _core(), DEVICES.get(device, "CPU")

@@ -28,6 +28,7 @@ from mteo_deploy.engines.device import DeviceArray, Value, Values, closed
 from mteo_deploy.engines.options import of
 from mteo_deploy.engines.tensorrt_build import MIB, OPTIONS, build_plan, errors_of, package
 from mteo_deploy.errors import EngineError
+from mteo_deploy.precision import NAMES
 from mteo_deploy.progress import Reporter
 
 if TYPE_CHECKING:
@@ -214,6 +215,9 @@ class TensorRtBackend:
             return ["cuda"] if cuda("cudaGetDeviceCount") else []
         except EngineError:  # no driver, no device
             return []
+
+    def runs(self, device: str) -> tuple[str, ...]:
+        return NAMES
 
     def machine(self, device: str, options: Mapping[str, Any]) -> str:
         level = of(OPTIONS, options)["hardware_compatibility"]

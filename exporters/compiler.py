@@ -21,6 +21,7 @@ from mteo_deploy.exporters import tensorrt, work
 from mteo_deploy.exporters.base import Adapter
 from mteo_deploy.exporters.conditioned import conditioned_graph
 from mteo_deploy.exporters.fuse import fuse
+from mteo_deploy.exporters.lowering import Lowering, lowering
 from mteo_deploy.exporters.options import Options
 from mteo_deploy.exporters.passes.fix_batch import FixBatch
 from mteo_deploy.exporters.passes.fold import Fold
@@ -64,6 +65,7 @@ class Compiled:
         sites: what became of each site, per realisation.
         parts: graphs of the pipeline beside the backbone, by name.
         options: what it was asked for.
+        precision: what lowering did and what it costs; empty in float32.
     """
 
     realisations: dict[str, Any]
@@ -74,6 +76,7 @@ class Compiled:
     sites: list[dict[str, Any]]
     parts: dict[str, CompiledGraph]
     options: Options
+    precision: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         others = [*([self.prelude] if self.prelude else []), self.conditioned, *self.parts.values()]
@@ -81,6 +84,7 @@ class Compiled:
             "time_conditioned": {"nodes": self.size.nodes, "parameters": self.size.parameters, "bytes": self.size.bytes},
             "graphs": [g.to_json() for g in [*self.graphs, *others]],
             "sites": self.sites,
+            **({"precision": self.precision} if self.precision else {}),
         }
 
 
@@ -109,11 +113,14 @@ def compile_bundle(
     report.advance(task)
     time_embedding, sites = trace_time_embedding(adapter)
     report.advance(task)
-    task = report.task("compiling", 2 + len(options.realisations) + len(parts))
+    task = report.task("compiling", 3 + len(options.realisations) + len(parts))
     conditioned = conditioned_graph(generic, time_embedding, sites)
     requests = [request.name for request in adapter.requests]
     steps = Steps(generic, plan, embeddings, options, requests, height_width, adapter.branches)
     report.advance(task, 1, "splitting")
+    low = lowering(adapter, steps, options)
+    told = low.report()  # before the graphs that it tells of are written: writing drops their types
+    report.advance(task, 1, "lowering")
     weights = WeightFile(directory / "graphs" / "weights.bin")
     everything, size = _weights(conditioned), Size.of(conditioned)
     realisations: dict[str, Any] = {}
@@ -128,39 +135,49 @@ def compile_bundle(
         return CompiledGraph(_write(model, directory, name), passes, removed, refused, counted)
 
     if "table" in options.realisations:  # first: its weights then lie in the file where any other bundle's lie
-        graphs.append(_write_table(steps, directory, write, weights))
+        graphs.append(_write_table(steps, low, directory, write, weights))
         realisations["table"] = graphs[-1].entry
         report.advance(task, 1, "table")
     if "fused" in options.realisations:
-        graphs.append(write(fuse([steps.from_prelude(i, model) for i, model in enumerate(steps.baked)]), [], "fused.onnx"))
+        graphs.append(write(fuse([steps.from_prelude(i, model) for i, model in enumerate(low.baked()[0])]), [], "fused.onnx"))
         realisations["fused"] = graphs[-1].entry
         report.advance(task, 1, "fused")
     if "baked" in options.realisations:
-        baked = [
-            write(model, passes, f"step_{i:02}.onnx")
-            for i, (model, passes) in enumerate(zip(steps.baked, steps.baked_passes, strict=True))
-        ]
+        baked = [write(model, low.baked()[1][i], f"step_{i:02}.onnx") for i, model in enumerate(low.baked()[0])]
         graphs += baked
         realisations["baked"] = [{**graph.entry, "requests": steps.sources(i, graph.entry)} for i, graph in enumerate(baked)]
         report.advance(task, 1, "baked")
-    prelude = write(steps.prelude, steps.prelude_passes, "prelude.onnx") if steps.prelude else None
+    prelude = _write_prelude(steps, steps.prelude, low, write) if steps.prelude else None
     only_here = WeightFile(directory / "graphs" / "conditioned.bin", parent=weights)
-    written = write(conditioned, run_passes(conditioned, [Fold(), Views()]), "conditioned.onnx", only_here)
+    passes = run_passes(conditioned, [Fold(), Views()]) + low.conditioned(conditioned)
+    written = write(conditioned, passes, "conditioned.onnx", only_here)
+    told |= {"conditioned": low.conditioned_errors} if low.conditioned_errors else {}
     report.advance(task, 1, "conditioned")
     others = {}
     for name, trace in parts.items():
-        model = trace()
-        fixed = [] if options.fixed_batch is None else [FixBatch(options.fixed_batch)]
-        others[name] = write(model, run_passes(model, [*fixed, Fold(), Views()]), f"{name}.onnx")
+        others[name] = _write_part(name, trace(), options, write)
         report.advance(task, 1, name)
     ordered = {name: realisations[name] for name in NAMES if name in realisations}
-    return Compiled(ordered, written, graphs, prelude, size, steps.site_report(), others, options)
+    return Compiled(ordered, written, graphs, prelude, size, steps.site_report(), others, options, told)
 
 
-def _write_table(steps: Steps, directory: Path, write: Callable[..., CompiledGraph], weights: WeightFile) -> CompiledGraph:
+def _write_prelude(steps: Steps, model: ir.Model, low: Lowering, write: Callable[..., CompiledGraph]) -> CompiledGraph:
+    return write(model, steps.prelude_passes + low.other(model), "prelude.onnx")
+
+
+def _write_part(name: str, model: ir.Model, options: Options, write: Callable[..., CompiledGraph]) -> CompiledGraph:
+    """Of the pipeline beside the backbone: it stays in float32 at every precision."""
+    fixed = [] if options.fixed_batch is None else [FixBatch(options.fixed_batch)]
+    return write(model, run_passes(model, [*fixed, Fold(), Views()]), f"{name}.onnx")
+
+
+def _write_table(
+    steps: Steps, low: Lowering, directory: Path, write: Callable[..., CompiledGraph], weights: WeightFile
+) -> CompiledGraph:
     model, table = tabulate(steps.alike)
+    passes = steps.alike_passes[0] + low.other(model)
     content = content_hash(model, weights)
-    graph = write(model, steps.alike_passes[0], "table.onnx")
+    graph = write(model, passes, "table.onnx")
     save_file({"table": table}, directory / TABLES)
     (directory / TABLES).chmod(0o644)  # safetensors writes for the owner only
     requests = [steps.sources(i, graph.entry) for i in range(len(table))]

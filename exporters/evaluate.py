@@ -15,20 +15,28 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
+from mteo_deploy.exporters.emulate import emulate, has_bf16
+from mteo_deploy.exporters.passes.share import SHAPES
+
 LIMIT = 1 << 30
 """Bytes of weights above which a model is not evaluated: each time would take minutes."""
 SMALL = 64
 """Bytes below which a constant stays in the graph: shapes and axes, which operators want there."""
 
 
-def without_weights(model: ir.Model) -> tuple[ir.Model, dict[str, ir.TensorProtocol]]:
-    """A copy of ``model`` whose weights (large float32 initialisers, and all in files) are inputs, and their values by name."""
+def without_weights(model: ir.Model, low: bool = False) -> tuple[ir.Model, dict[str, ir.TensorProtocol]]:
+    """A copy of ``model`` whose weights (large float32 initialisers, and all in files) are inputs, and their values by name.
+
+    Args:
+        low: weights of lower types too, some of which ONNX Runtime does not take as inputs.
+    """
     light, weights = model.clone(), {}
     for name, value in list(light.graph.initializers.items()):
         tensor = value.const_value
         if tensor is None:
             continue
-        if isinstance(tensor, ir.ExternalTensor) or (tensor.dtype == ir.DataType.FLOAT and tensor.nbytes >= SMALL):
+        weight = tensor.dtype not in SHAPES if low else tensor.dtype == ir.DataType.FLOAT
+        if isinstance(tensor, ir.ExternalTensor) or (weight and tensor.nbytes >= SMALL):
             value.shape, value.dtype, value.const_value = ir.Shape(tensor.shape), tensor.dtype, None
             del light.graph.initializers[name]
             light.graph.inputs.append(value)
@@ -53,7 +61,7 @@ def _feed(graph: ir.Graph, value: ir.Value, values: NDArray[Any]) -> NDArray[Any
 
 
 def evaluate(model: ir.Model, feeds: Mapping[str, NDArray[Any]], *, reference: bool = False) -> list[NDArray[Any]] | None:
-    """Outputs of ``model``; inputs it does not take are left out of ``feeds``.
+    """Outputs of ``model``; inputs it does not take are left out of ``feeds``. bf16 is emulated in float32.
 
     Args:
         reference: always use the reference evaluator.
@@ -63,7 +71,7 @@ def evaluate(model: ir.Model, feeds: Mapping[str, NDArray[Any]], *, reference: b
     """
     if not reference and (find_spec("onnxruntime") is None or _bytes(model) > LIMIT):
         return None
-    light, weights = without_weights(model)
+    light, weights = without_weights(emulate(model) if has_bf16(model) else model)
     wanted = {value.name or "": feeds[value.name or ""] for value in model.graph.inputs}
     if reference:
         wanted |= {name: tensor.numpy() for name, tensor in weights.items()}

@@ -26,7 +26,6 @@ from mteo_deploy.exporters.pipeline import Pipeline, load_pipeline
 from mteo_deploy.exporters.text import TextEncoder
 from mteo_deploy.plan import Plan, default_substeps, reference_plan, run
 from mteo_deploy.progress import reporter
-from mteo_deploy.realisations import NAMES
 from mteo_deploy.sampler import noise_for
 from mteo_deploy.solvers import canonical
 
@@ -180,7 +179,7 @@ def _manifest(
             "training": embeddings.training,
         },
         "plan": plan.to_json(),
-        "precision": "fp32",
+        "precision": compiled.options.precision,
         "batch": compiled.options.fixed_batch or "dynamic",
         "batches": list(compiled.options.batch),
         "dynamic": [axis for axis in AXES if axis in compiled.options.dynamic],
@@ -281,12 +280,16 @@ def export(
     plain: bool = False,
     guidance_scale: float | None = None,
     null_class: int | None = None,
-    realisations: Sequence[str] = NAMES,
+    realisations: Sequence[str] | None = None,
     passes: Sequence[str] = OPTIONAL,
     dynamic: Sequence[str] | None = None,
     batch: Sequence[int] = (),
     tile: int | None = None,
     dump_after: str | None = None,
+    precision: str = "fp32",
+    keep: Sequence[str] = (),
+    calibration: int = 16,
+    max_error: float | None = None,
     quiet: bool = False,
 ) -> Bundle:
     """Bake an embedding set into per-evaluation ONNX graphs and write a bundle.
@@ -303,7 +306,8 @@ def export(
         guidance_scale: of classifier-free guidance, where a request names no other; None for what the embedding set was learned
             at, or for no guidance with ``plain``.
         null_class: the label of no class, for guidance of a backbone that does not know its own; None for the set's.
-        realisations: which to write, of ``baked``, ``table`` and ``fused``; they share their weights.
+        realisations: which to write, of ``baked``, ``table`` and ``fused``; they share their weights. None for all that the
+            precision has.
         passes: optional compiler passes to run.
         dynamic: axes of the state to leave open, of ``batch``, ``height`` and ``width``; None for the batch, unless ``batch``
             is one size.
@@ -311,18 +315,27 @@ def export(
         tile: height and width of the tiles of latents that larger images are decoded in, by a decoder that takes any size; None
             for images decoded whole.
         dump_after: a pass after which to leave each step graph, whole, in ``<output>.after-<pass>/``.
+        precision: types in the graphs, of :data:`mteo_deploy.precision.NAMES`; states and requests are float32 in all of them.
+        keep: layers to leave in float32, as patterns of their names (``conv_in``, ``*.attn1.*``). None given, int8 and fp8
+            leave those that make much of the error and do little of the work.
+        calibration: images whose trajectories the scales of int8 and fp8 are chosen on.
+        max_error: relative error of the median image against float32 that int8 and fp8 may make: where they make more, layers
+            are left in float32, at the evaluations where that helps most (:mod:`mteo_deploy.exporters.search`).
 
     Returns:
         The bundle, opened.
 
     Raises:
-        InputError: for a model that is not supported, an embedding set that does not fit, or axes that cannot be open.
+        InputError: for a model that is not supported, an embedding set that does not fit, axes that cannot be open, or a
+            precision that the backbone has no layers for.
+        MissingPackageError: for int8 and fp8 without ONNX Runtime, which calibrates.
     """
     output = Path(output)
     dump = output.with_name(f"{output.name}.after-{dump_after}") if dump_after else None
     if dynamic is None:
         dynamic = () if len(batch) == 1 else ("batch",)
-    options = Options(realisations, passes, dynamic, batch, dump_after, dump)
+    realisations = Options.possible(precision) if realisations is None else realisations
+    options = Options(realisations, passes, dynamic, batch, dump_after, dump, precision, keep, calibration, max_error)
     if steps is not None and steps < 1:
         raise InputError(f"expected --steps of 1 or more; found {steps}")
     model = Path(model) if isinstance(model, str) else model

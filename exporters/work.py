@@ -53,9 +53,7 @@ def count(model: ir.Model, batch: int | str = "dynamic") -> dict[str, Any]:
     Returns:
         ``flops`` and ``activation_bytes`` per image and ``weight_bytes`` per run; or the reason under ``unknown``.
     """
-    copy = model.clone()
-    if not FixBatch(1)(copy).modified:
-        infer_shapes(copy)
+    copy = _of_one(model)
     images = 1 if batch == "dynamic" else int(batch)
     flops, moved, weights = 0, 0, 0
     for node in copy.graph:
@@ -63,16 +61,44 @@ def count(model: ir.Model, batch: int | str = "dynamic") -> dict[str, Any]:
             return {"unknown": f"the work of {node.op_type} is not counted"}
         if node.op_type not in OPERATIONS and node.op_type != "Gemm":
             continue
-        values = [value for value in (*node.inputs, *node.outputs) if value is not None]
-        if any(value.shape is None or not value.shape.is_static() or value.dtype is None for value in values):
+        if not _is_known(node):
             return {"unknown": f"the shapes at {node.name or node.op_type} are not known"}
         flops += _flops(node)
-        for value in values:
+        for value in map(_stored, _values(node)):
             if value.is_initializer():
                 weights += _bytes(value)
             else:
                 moved += _bytes(value)
     return {"flops": flops // images, "weight_bytes": weights, "activation_bytes": moved // images}
+
+
+def by_node(model: ir.Model) -> dict[str, int]:
+    """Floating-point operations of each node that counts, by name, for one image; without those whose shapes are not known."""
+    counted = [node for node in _of_one(model).graph if node.op_type in OPERATIONS or node.op_type == "Gemm"]
+    return {node.name or "": _flops(node) for node in counted if _is_known(node)}
+
+
+def _of_one(model: ir.Model) -> ir.Model:
+    """A copy for one image, where the batch is open, with shapes."""
+    copy = model.clone()
+    if not FixBatch(1)(copy).modified:
+        infer_shapes(copy)
+    return copy
+
+
+def _values(node: ir.Node) -> list[ir.Value]:
+    return [value for value in (*node.inputs, *node.outputs) if value is not None]
+
+
+def _is_known(node: ir.Node) -> bool:
+    return all(v.shape is not None and v.shape.is_static() and v.dtype is not None for v in _values(node))
+
+
+def _stored(value: ir.Value) -> ir.Value:
+    """What is moved for a value: where it is quantised, the low numbers."""
+    node = value.producer()
+    low = node.inputs[0] if node is not None and node.op_type == "DequantizeLinear" else None
+    return value if low is None or low.shape is None or low.dtype is None else low
 
 
 def _flops(node: ir.Node) -> int:

@@ -17,9 +17,9 @@ import numpy as np
 from mteo_deploy import latency
 from mteo_deploy.bundle import Bundle
 from mteo_deploy.engines import cache
-from mteo_deploy.engines.base import PRECISIONS
 from mteo_deploy.errors import InputError
 from mteo_deploy.numerics import relative_error
+from mteo_deploy.precision import HINTS, LABELS, parts, rank
 from mteo_deploy.progress import Reporter, reporter
 from mteo_deploy.requests import Arrays
 from mteo_deploy.sampler import Array, Sampler, noise_for
@@ -164,10 +164,10 @@ def check_one_backbone(bundles: Sequence[Bundle]) -> None:
 def _candidates(bundles: Sequence[Bundle], engine: str, device: str | None, precision: str, plain: bool) -> list[Candidate]:
     """MTEO's first, then the plain ones; each bundle's engines in order."""
     engines = [] if engine == ALL else [name.strip() for name in engine.split(",")]
-    precisions = PRECISIONS if precision == ALL else tuple(name.strip() for name in precision.split(","))
-    unknown = [name for name in precisions if name not in PRECISIONS]
+    precisions = LABELS if precision == ALL else tuple(name.strip() for name in precision.split(","))
+    unknown = [name for name in precisions if name not in LABELS]
     if unknown:
-        raise InputError(f"expected --precision out of {', '.join(PRECISIONS)}, {ALL}; found {', '.join(unknown)}")
+        raise InputError(f"expected --precision out of {', '.join(LABELS)}, {ALL}; found {', '.join(unknown)}")
     alike = len({bundle.path.resolve().name for bundle in bundles}) < len(bundles)
     found = [
         Candidate(str(bundle.path) if alike else bundle.path.resolve().name, bundle, built, False)
@@ -177,9 +177,11 @@ def _candidates(bundles: Sequence[Bundle], engine: str, device: str | None, prec
     ]
     missing = [bundle for bundle in bundles if not any(candidate.bundle is bundle for candidate in found)]
     if missing:
+        wanted = precisions[0]
+        verb = f"build {missing[0].path} --precision {wanted}" if wanted in HINTS else f"export --precision {parts(wanted)[0]}"
         raise InputError(
-            f"expected {missing[0].path} built for {', '.join(precisions)}; found other precisions only; run: "
-            f"mteo-deploy build {missing[0].path} --precision {precisions[0]}"
+            f"expected {missing[0].path} built for {', '.join(precisions)}; found other precisions only; "
+            f"run: mteo-deploy {verb}"
         )
     return found + [Candidate(one.name, one.bundle, one.built, True) for one in found if plain]
 
@@ -196,7 +198,7 @@ def _errors(candidates: Sequence[Candidate], num: int, seed: int, report: Report
     """
     source = min(
         (one for one in candidates if not one.plain),
-        key=lambda one: (PRECISIONS.index(one.built.precision), -len(one.bundle.reference_plan.evaluations)),
+        key=lambda one: (rank(one.built.precision), -len(one.bundle.reference_plan.evaluations)),
     )
     plan, requests = source.bundle.reference_plan, source.bundle.reference_requests(num)
     task = report.task("reference trajectory", num)

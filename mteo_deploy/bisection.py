@@ -30,7 +30,8 @@ import numpy as np
 from mteo_deploy.engines import backend
 from mteo_deploy.engines.base import OpenGraph, Session
 from mteo_deploy.engines.device import Values
-from mteo_deploy.numerics import TOLERANCE, evaluation_outputs, relative_error, teacher_forced
+from mteo_deploy.errors import InputError
+from mteo_deploy.numerics import evaluation_outputs, relative_error, teacher_forced, tolerance_of
 from mteo_deploy.probes import UNOPTIMISED, Departure, Probes, Tensor, node_name, onnx_package
 from mteo_deploy.realisations import Stepwise
 from mteo_deploy.sampler import Sampler
@@ -94,7 +95,13 @@ def check_possible(sampler: Sampler) -> None:
     """
     sampler.built_engine("--bisect")
     onnx_package()
-    backend("onnxruntime").version()
+    reference = backend("onnxruntime")
+    reference.version()
+    if sampler.bundle.manifest["precision"] not in reference.runs("cpu"):
+        raise InputError(
+            f"expected graphs that onnxruntime runs on the CPU, {', '.join(reference.runs('cpu'))}, for --bisect; found "
+            f"{sampler.bundle.manifest['precision']}; leave --bisect out"
+        )
 
 
 def bisect(sampler: Sampler) -> Bisection:
@@ -105,7 +112,7 @@ def bisect(sampler: Sampler) -> Bisection:
     """
     check_possible(sampler)
     built = sampler.built_engine("--bisect")
-    tolerance = TOLERANCE[sampler.precision]["evaluation" if isinstance(sampler.loop, Stepwise) else "trajectory"]
+    tolerance = tolerance_of(sampler.precision)["evaluation" if isinstance(sampler.loop, Stepwise) else "trajectory"]
     evaluation, error = _worst(sampler)
     nothing = Bisection("nothing", "", evaluation, tolerance, error)
     if error <= tolerance:

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from mteo_deploy.bundle import Bundle
 from mteo_deploy.engines import cache
-from mteo_deploy.engines.base import PRECISIONS
 from mteo_deploy.errors import InputError
-from mteo_deploy.numerics import TOLERANCE, Check, psnr, relative_error, worst_region
+from mteo_deploy.numerics import Check, psnr, relative_error, tolerance_of, worst_region
 from mteo_deploy.page import page
+from mteo_deploy.precision import rank
 from mteo_deploy.report import Report, check_outputs, junit
 from mteo_deploy.sampler import Sampler
 from mteo_deploy.verification import verify
@@ -128,8 +128,8 @@ def _samplers(
 
 def _agree(images: dict[tuple[str, str], NDArray[np.float32]], a: tuple[str, str], b: tuple[str, str]) -> Check:
     """One pair: the finer precision's images are the expected ones, the coarser precision says what is allowed."""
-    finer, coarser = sorted((a, b), key=lambda place: PRECISIONS.index(place[1]))
-    found, expected, allowed = images[coarser], images[finer], TOLERANCE[coarser[1]]["trajectory"]
+    finer, coarser = sorted((a, b), key=lambda place: rank(place[1]))
+    found, expected, allowed = images[coarser], images[finer], tolerance_of(coarser[1])["trajectory"]
     error = relative_error(found, expected)
     detail = f"relative error of the images {error:.1e} (allowed {allowed:.0e}), {psnr(found, expected):.0f} dB"
     if not error <= allowed:

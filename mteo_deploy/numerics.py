@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mteo_deploy.plan import Plan
+from mteo_deploy.precision import parts
 from mteo_deploy.prompts import open_tokenizers, tokenise
 from mteo_deploy.realisations import Stepwise
 from mteo_deploy.sampler import Sampler
@@ -18,17 +19,28 @@ Array = NDArray[np.float32]
 
 TOLERANCE = {
     "fp32": {"evaluation": 1e-4, "trajectory": 1e-3, "batch": 1e-4},
+    "fp16": {"evaluation": 1e-2, "trajectory": 5e-2, "batch": 1e-2},
     "bf16": {"evaluation": 5e-2, "trajectory": 1e-1, "batch": 5e-2},
+    "int8": {"evaluation": 1e-1, "trajectory": 3e-1, "batch": 1e-1},
+    "fp8": {"evaluation": 2e-1, "trajectory": 4e-1, "batch": 2e-1},
+    "int4": {"evaluation": 2e-1, "trajectory": 4e-1, "batch": 2e-1},
 }
 """Relative error (root mean square over root mean square) allowed by precision: one evaluation fed with the reference's
 own state, the whole trajectory, and the same images drawn with another batch size. Engines in fp32 reorder sums over
 thousands of terms (1e-6 to 1e-5 is typical); bf16 rounds every layer's output to 8 significant bits, an error of 0.1 % each
-that adds up over the layers (1e-2 is typical). A trajectory multiplies an early difference by up to the ratio of the noise
-levels.
+that adds up over the layers (1e-2 is typical); fp16 rounds to 11 bits, and errs by an eighth of that. Quantised layers round
+what they take in to 255 steps (int8: 1e-2 is typical), to 4 significant bits (fp8: 5e-2), or their weights to 15 steps (int4:
+6e-2). A trajectory multiplies an early difference by up to the ratio of the noise levels.
 
 Two engines of the same bundle may differ by what the coarser precision's trajectory is allowed: each departs from torch by
 roundings of its own, the sum of which is dominated by the coarser one's. The triangle inequality would allow the sum of the
 two; typical errors lie a decade below either, so the larger one is enough and catches more."""
+
+
+def tolerance_of(precision: str) -> dict[str, float]:
+    """What is allowed for a label of :mod:`mteo_deploy.precision`: of several precisions, what the coarsest one is."""
+    found = [TOLERANCE[name] for name in parts(precision)]
+    return {what: max(one[what] for one in found) for what in found[0]}
 
 
 def relative_error(found: Array, expected: Array) -> float:

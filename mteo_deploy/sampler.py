@@ -204,8 +204,13 @@ class Sampler:
 
     @property
     def precision(self) -> str:
-        """What the engine computes in: what it was built for, else the graphs' own."""
-        return str((self.built.options if self.built else {}).get("precision", self.bundle.manifest["precision"]))
+        """What the engine computes in: the graphs' types, and what it was built for, as :func:`mteo_deploy.precision.label`."""
+        return self.built.precision if self.built else str(self.bundle.manifest["precision"])
+
+    @property
+    def hint(self) -> str:
+        """What it was built to compute in where the graphs' types say no less: text encoder and decoder are float32."""
+        return str(self.built.options.get("precision", "fp32")) if self.built else "fp32"
 
     @property
     def reference_plan(self) -> Plan:

@@ -130,15 +130,15 @@ def verify(
     if older is not None:  # said before the work, not after it
         planned = {"batch": batch, "evaluations": len(sampler.plan.evaluations)} if seconds > 0 else {}
         check_comparable(older, replace(found, latency=planned))
-    tolerance = numerics.TOLERANCE[sampler.precision]
+    tolerance, beside = numerics.tolerance_of(sampler.precision), numerics.tolerance_of(sampler.hint)
     checks: list[Check] = []
     parts: dict[str, Callable[[], list[Check]]] = {
         "noise": lambda: [numerics.seed_check(sampler)],
         "evaluations": lambda: numerics.evaluation_checks(sampler, tolerance["evaluation"]),
         "trajectory": lambda: [numerics.trajectory_check(sampler, tolerance["trajectory"])],
         "other size": lambda: numerics.size_checks(sampler, tolerance["trajectory"]),
-        "text encoder": lambda: numerics.text_checks(sampler, tolerance["evaluation"]),
-        "decoder": lambda: numerics.decoder_checks(sampler, tolerance["evaluation"]),
+        "text encoder": lambda: numerics.text_checks(sampler, beside["evaluation"]),
+        "decoder": lambda: numerics.decoder_checks(sampler, beside["evaluation"]),
         "canaries": lambda: numerics.canaries(sampler, tolerance["batch"]),
     }
     asked: dict[str, tuple[bool, Callable[[], Any]]] = {  # by the report's fields

@@ -15,11 +15,13 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.evaluate import evaluate, without_weights
 
 Feeds = Mapping[str, NDArray[Any]]
 TOLERANCE = 1e-4
-"""Relative error allowed between a graph before and after a pass, in float32: sums are reordered, not changed."""
+"""Relative error allowed between a graph before and after a pass, in float32: sums are reordered, not changed. A pass that
+rounds says by its attribute ``tolerance`` how much."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class PassReport:
 
 def check(model: ir.Model, after: str) -> None:
     """Full ``onnx.checker`` run (order, types, shape inference) on the graph's structure, without its large tensors."""
-    light, _ = without_weights(model)
+    light, _ = without_weights(model, low=True)
     try:
         onnx.checker.check_model(ir.to_proto(light), full_check=True)
     except Exception as error:
@@ -85,8 +87,13 @@ class _Numbers:
         before, self.outputs = self.outputs, evaluate(model, self.feeds)
         if self.outputs is None or getattr(one, "changes_outputs", False):
             return None
-        error = _difference(before, self.outputs)
-        if not error <= TOLERANCE:
+        error, allowed = _difference(before, self.outputs), getattr(one, "tolerance", None)
+        if allowed is not None and not error <= allowed:
+            raise InputError(
+                f"expected rounding to change the outputs by {allowed} at most; found {error:.1e} after {after}: too much for "
+                "this backbone; take another --precision, or leave layers in fp32 with --keep"
+            )
+        if allowed is None and not error <= TOLERANCE:
             raise RuntimeError(f"internal error: the graph computes something else after {after}: relative error {error:.1e}")
         return error
 
@@ -102,12 +109,14 @@ def run_passes(
 
     Args:
         feeds: a value for every input that the graph has before or after any pass; None compares no numbers. A pass
-            whose attribute ``changes_outputs`` is true is the new baseline instead of being compared.
+            whose attribute ``changes_outputs`` is true is the new baseline instead of being compared; one that rounds has an
+            attribute ``tolerance``.
         dump: called with each pass's name and the model after it.
         each: False checks validity after the last pass only: for graphs that differ from a checked one in constants.
 
     Raises:
         RuntimeError: when a pass leaves an invalid graph or one that computes something else; names the passes that ran.
+        InputError: when a pass that rounds changes the outputs by more than its tolerance.
     """
     reports: list[PassReport] = []
     numbers = _Numbers(model, feeds)

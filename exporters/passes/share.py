@@ -9,6 +9,8 @@ import onnx_ir as ir
 
 THRESHOLD = 64  # bytes; scalars and shapes stay inside the graph, where engines look for them
 ALIGNMENT = 64  # bytes: a cache line, enough for engines that map the file and use tensors in place
+SHAPES = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL, ir.DataType.STRING)
+"""Types of constants that are no weights: engines read them while they open a graph."""
 
 
 class WeightFile:
@@ -67,7 +69,7 @@ class Share(ir.passes.InPlacePass):
             tensor = value.const_value
             if tensor is None or isinstance(tensor, ir.ExternalTensor) or tensor.nbytes < THRESHOLD:
                 continue
-            if not tensor.dtype.is_floating_point():
+            if tensor.dtype in SHAPES:
                 continue
             location, offset, length = self.weights.place(tensor)
             value.const_value = ir.ExternalTensor(

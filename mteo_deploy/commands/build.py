@@ -16,7 +16,9 @@ from mteo_deploy.commands.common import PATH, emit, integers, json_option, named
 @click.option("--engine", default="auto", show_default=True, help="onnxruntime, openvino, tensorrt, or auto: time them.")
 @click.option("--device", help="Where it runs the graphs [default: the engine's best].")
 @click.option("--realisation", default="auto", show_default=True, help="baked, table, fused, or auto: time them.")
-@click.option("--precision", default="fp32", show_default=True, help="fp32 or bf16: what the engine may compute in.")
+@click.option(
+    "--precision", default="fp32", show_default=True, help="fp32 or bf16: what it may compute in where types say no less."
+)
 @click.option("--batch", help="Batch sizes to compile for, by comma; the first is timed [default: export's, else any].")
 @click.option(
     "--option",

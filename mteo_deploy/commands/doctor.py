@@ -27,7 +27,7 @@ def doctor(as_json: bool) -> None:
             continue
         click.echo(f"{entry['engine']} {entry['version']}: {', '.join(entry['precisions'])}")
         for device in entry["devices"]:
-            click.echo(f"  {device}: {entry['machine'][device]}")
+            click.echo(f"  {device}: {entry['machine'][device]}; runs graphs in {', '.join(entry['graphs'][device])}")
         for name, option in entry["options"].items():
             default = "the engine's choice" if option["default"] is None else option["default"]
             click.echo(f"  --option {name}={option['takes']} [default: {default}]: {option['help']}")

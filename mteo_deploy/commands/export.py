@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,16 @@ from mteo_deploy.commands.common import (
 @click.option("--batch", help="One size: the only one. Several, by comma: the batch stays open, build compiles for these.")
 @click.option("--tile", type=int, help="Decode larger images in tiles of so many latents [default: whole].")
 @click.option("--passes", default="absorb,hoist", show_default=True, help="Optional compiler passes, by comma; '' for none.")
+@click.option(
+    "--precision", default="fp32", show_default=True, help="Types in the graphs: fp32, fp16, bf16, int8, fp8 or int4."
+)
+@click.option("--keep", metavar="PATTERNS", help="Layers left in fp32, by comma: conv_in,*.attn1.* [default: by sensitivity].")
+@click.option(
+    "--calibration", default=16, show_default=True, help="Images whose trajectories int8 and fp8 scales are chosen on."
+)
+@click.option(
+    "--max-error", type=float, help="Of the median image, met by leaving layers of int8 or fp8 in fp32, per evaluation."
+)
 @click.option("--dump-after", metavar="PASS", help="Leave each step graph after PASS in OUTPUT.after-PASS/.")
 @click.option("-o", "--output", type=PATH, default=Path("bundle"), show_default=True, help="Bundle directory to write.")
 @json_option
@@ -55,6 +66,7 @@ def export(
     passes: str,
     dynamic: str | None,
     batch: str | None,
+    keep: str | None,
     **options: Any,
 ) -> None:
     """Bake an embedding set into one ONNX graph per evaluation: a bundle.
@@ -63,12 +75,14 @@ def export(
     Example:  mteo-deploy export --steps 4 -o bundle
               mteo-deploy export --steps 4 --batch 1,4,16 -o bundle
               mteo-deploy export --steps 4 --dynamic batch,height,width -o bundle
+              mteo-deploy export --steps 4 --precision int8 -o bundle-int8
     """
     from mteo_deploy.exporters.export import export as run
 
     options |= {"realisations": realisations} if realisations else {}
     options["dynamic"] = None if dynamic is None else split_names(dynamic)
     options["batch"] = [] if batch is None else integers("--batch", batch)
+    options["keep"] = [] if keep is None else split_names(keep)
     options["model"] = open_backbone(model, adapter, size, tokens, lora, controlnet)
     bundle = run(output, passes=split_names(passes), quiet=quiet or as_json, **options)
     compiler = bundle.manifest["compiler"]
@@ -91,6 +105,8 @@ def export(
     show_table("", ["graph", "nodes", "parameters", "bytes", "weights folded away"], rows)
     total = sum(entry["bytes"] for entry in bundle.manifest["files"].values())
     click.echo(f"sites: {_sites_line(compiler['sites'])}")
+    for line in precision_lines(compiler.get("precision", {})):
+        click.echo(line)
     refused = [f"{graph['graph']}: {problem}" for graph in compiler["graphs"] for problem in graph["tensorrt"]]
     click.echo(
         f"TensorRT would refuse: {'; '.join(refused)}" if refused else "TensorRT's parser has every operator and type used"
@@ -102,6 +118,28 @@ def export(
     for part, why in bundle.manifest["left_out"].items():
         click.echo(f"no {part} in the bundle: {why}")
     click.echo(f"next: mteo-deploy build {output}")
+
+
+def precision_lines(found: dict[str, Any]) -> list[str]:
+    """What lowering did and what it costs, in words; nothing in float32."""
+    if not found:
+        return []
+    lines = [f"{found['name']}: {_layers_line(found)}"]
+    for what, errors in (("", found.get("errors")), ("; one scale for all evaluations", found.get("pooled"))):
+        if errors:
+            each = ", ".join(f"{error:.1e}" for error in errors["evaluations"])
+            lines.append(
+                f"error against fp32{what}: evaluations {each} (worst {errors['worst']}); images {errors['images']:.1e}, the "
+                f"median one {errors['median_image']:.1e}"
+            )
+    return lines
+
+
+def _layers_line(found: dict[str, Any]) -> str:
+    """How many layers are what, and why."""
+    counts: Counter[str] = Counter(found["layers"].values()) if "layers" in found else Counter(found["float32"])
+    words = ", ".join(f"{count} {what}" for what, count in counts.most_common())
+    return f"layers quantised: {words}" if "layers" in found else f"in float32: {words or 'nothing'}"
 
 
 ABSORBED = ("rule", "merged")
