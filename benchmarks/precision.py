@@ -41,9 +41,11 @@ AGAINST = ("fp32", "bf16")
 
 @dataclass(frozen=True)
 class Way:
-    """A bundle opened in an engine."""
+    """A bundle opened in an engine: the types of its graphs, what the engine may compute in, and both in one word."""
 
     engine: str
+    graphs: str
+    hint: str
     precision: str
     sampler: Sampler
     error: float
@@ -51,7 +53,7 @@ class Way:
 
     @property
     def name(self) -> str:
-        return f"{self.engine} {self.precision}"
+        return f"{self.engine} {self.graphs}" + (", computed in bf16" if self.hint == "bf16" else "")
 
 
 def exported(
@@ -83,7 +85,7 @@ def opened(bundle: Bundle, batch: int, realisation: str, left_out: dict[str, str
                 sampler = Sampler(
                     bundle, partial(open_graph, engine, bundle, {"precision": hint, "batch": [batch]}), realisation
                 )
-                yield Way(engine.name, label(graphs, hint), sampler, image_error(sampler), size)
+                yield Way(engine.name, graphs, hint, label(graphs, hint), sampler, image_error(sampler), size)
             except MteoError as error:
                 left_out[name] = str(error)
 
