@@ -9,7 +9,7 @@ import torch
 
 
 def random_dit(directory: Path) -> Path:
-    """Pipeline directory of a DiT-S (33 M parameters, 64 tokens of 2x2) with random weights."""
+    """Pipeline directory of a DiT-S (35 M parameters, 64 tokens of 2x2) with random weights."""
     from diffusers import DDIMScheduler, DiTTransformer2DModel
 
     torch.manual_seed(0)

@@ -29,8 +29,8 @@ TOLERANCE = {
 own state, the whole trajectory, and the same images drawn with another batch size. Engines in fp32 reorder sums over
 thousands of terms (1e-6 to 1e-5 is typical); bf16 rounds every layer's output to 8 significant bits, an error of 0.1 % each
 that adds up over the layers (1e-2 is typical); fp16 rounds to 11 bits, and errs by an eighth of that. Quantised layers round
-what they take in to 255 steps (int8: 1e-2 is typical), to 4 significant bits (fp8: 5e-2), or their weights to 15 steps (int4:
-6e-2). A trajectory multiplies an early difference by up to the ratio of the noise levels.
+what they take in to 255 steps (int8: 1e-2 is typical), to 4 significant bits (fp8: 3e-2), or their weights to 15 steps (int4:
+3e-2). A trajectory multiplies an early difference by up to the ratio of the noise levels.
 
 Two engines of the same bundle may differ by what the coarser precision's trajectory is allowed: each departs from torch by
 roundings of its own, the sum of which is dominated by the coarser one's. The triangle inequality would allow the sum of the
