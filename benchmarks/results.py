@@ -2,8 +2,9 @@
 
 Every sampler starts from the same noise, runs on the same frozen backbone in ONNX Runtime and is measured on the same
 features: plain solvers (all of them, screened on fewer images; the best of each count goes on), the neighbours of
-`neighbours.py`, MTEO, and the reference trajectory. What is finished is kept under WORK and not made again; a figure is a line
-of WORK/figures.jsonl, so a stopped run loses at most one.
+`neighbours.py`, MTEO, and the reference trajectory. A figure is a line of OUTPUT/figures.jsonl, so a stopped run loses at most
+one, and another machine can go on with the file; it names the backbone and the classifier that it is of. Bundles, neighbours
+and reference images are kept under WORK and not made again.
 
     python benchmarks/results.py DATA --work runs/results -o docs/results      # DATA/mnist_train.npz, DATA/mnist_test.npz
 """
@@ -12,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,11 +23,14 @@ import numpy as np
 import torch
 from neighbours import METHODS, Budget, Neighbour, learn, numbers, restore
 from numpy.typing import NDArray
-from quality import Statistics, load, mean_squared_error, measure, real_statistics, write
+from quality import Statistics, classify, frechet_distance, load, mean_squared_error, measure, real_statistics, write
 from results_page import write_page
 from rich.console import Console
+from train_backbone import load_images
+from train_classifier import SIZE
 
 from mteo_deploy import assets
+from mteo_deploy.bundle import sha256_file
 from mteo_deploy.distillation import Recipe, distill
 from mteo_deploy.distillation.trajectories import reference_trajectories
 from mteo_deploy.embeddings import EmbeddingSet
@@ -42,7 +44,7 @@ from mteo_deploy.solvers import SOLVERS
 
 Array = NDArray[np.float32]
 Draw = Callable[[Array], Array]
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+CLASSIFIER = Path(__file__).resolve().parent / "classifier.safetensors"
 LEARN_SEED = 1_000_000
 DDIM = (10, 20)
 """Evaluations of plain DDIM that MTEO's few are held against."""
@@ -61,17 +63,23 @@ class Way:
 
 
 class Figures:
-    """Finished measurements, one JSON line each."""
+    """Finished measurements, one JSON line each.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        made_by: the backbone and the classifier that figures are of: part of every line, and lines of others are left alone.
+    """
+
+    def __init__(self, path: Path, made_by: dict[str, str]) -> None:
+        self.path, self.made_by = path, made_by
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        found: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        self.rows = [row for row in found if made_by.items() <= row.items()]
 
     def find(self, **key: Any) -> dict[str, Any] | None:
         return next((row for row in self.rows if all(row.get(name) == value for name, value in key.items())), None)
 
     def add(self, row: dict[str, Any]) -> dict[str, Any]:
+        row = self.made_by | row
         self.rows.append(row)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
@@ -85,19 +93,20 @@ class Laboratory:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.console = args, Console()
         self.adapter: Adapter = load_backbone(args.model)
-        self.classifier = load(self._classifier())
+        self.classifier = load(args.classifier)
         self.real: Statistics
         self.real, self.facts = real_statistics(self.classifier, [args.data / "mnist_test.npz"], 0)
-        self.figures = Figures(args.work / "figures.jsonl")
+        self.facts["train"] = self._of_training_images()
+        made_by = {"backbone": self.adapter.fingerprint()[:12], "classifier": sha256_file(args.classifier)[:12]}
+        self.figures = Figures(args.output / "figures.jsonl", made_by)
         self.conditioned = Sampler.load(self.bundle(min(args.counts)))
         self._references: dict[int, Array] = {}
 
-    def _classifier(self) -> Path:
-        path = self.args.work / "classifier.safetensors"
-        if not path.exists():
-            data = [str(self.args.data / name) for name in ("mnist_train.npz", "mnist_test.npz")]
-            subprocess.run([sys.executable, str(EXAMPLES / "train_classifier.py"), *data, "-o", str(path)], check=True)
-        return path
+    def _of_training_images(self) -> float:
+        """Fréchet distance of as many images of the training set as a way draws: what no sampler can be asked to beat."""
+        images = load_images(self.args.data / "mnist_train.npz", SIZE, 1)
+        rows = np.random.default_rng(0).permutation(len(images))[: self.args.num]
+        return frechet_distance(Statistics.of(classify(self.classifier, images[rows])[0]), self.real)
 
     def embeddings(self, count: int) -> Path:
         """The packaged set; one learned here where none is packaged, or for another backbone."""
@@ -222,7 +231,6 @@ class Laboratory:
     def measure(self, way: Way, seed: int, num: int) -> dict[str, Any]:
         """Fréchet distance, share named above 0.9 and squared error; taken from the file where it stands there."""
         key = {"method": way.method, "detail": way.detail, "evaluations": way.evaluations, "seed": seed, "num": num}
-        key["backbone"] = self.adapter.fingerprint()[:12]
         if (found := self.figures.find(**key)) is not None:
             return found
         clock = time.monotonic()
@@ -245,7 +253,7 @@ class Laboratory:
             yield self.best_plain(count)
             yield Way("plain Euler", "euler", count, self._plan(self.adapter.compile_plan(count)))
             yield self.mteo(count)
-            for method in METHODS:
+            for method in self.args.neighbours:
                 yield self.neighbour(method, count)
 
 
@@ -254,10 +262,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("data", type=Path, help="directory of mnist_train.npz and mnist_test.npz (images and labels, uint8)")
     parser.add_argument("-o", "--output", type=Path, default=Path("docs/results"), help="tables and plots")
     parser.add_argument("--work", type=Path, default=Path("runs/results"), help="what is made once, and every figure")
+    parser.add_argument("--classifier", type=Path, default=CLASSIFIER, help="another of examples/train_classifier.py's")
     parser.add_argument("--model", type=Path, default=assets.MODEL, help="another backbone of 28x28 gray images")
     parser.add_argument("--counts", type=int, nargs="+", default=[2, 3, 4, 5, 6, 8], help="evaluations")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the noise")
     parser.add_argument("--num", type=int, default=10_000, help="images for each way and seed")
+    parser.add_argument("--neighbours", nargs="*", choices=list(METHODS), default=list(METHODS), metavar="NAME")
     parser.add_argument("--screen", type=int, default=1_000, help="images on which plain solvers are screened")
     parser.add_argument("--batch", type=int, default=250)
     parser.add_argument("--trajectories", type=int, default=1024, help="reference trajectories to learn from")
@@ -273,20 +283,23 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     laboratory = Laboratory(args)
-    rows, strips = [], {}
-    for way in laboratory.ways():
-        rows += [laboratory.measure(way, seed, args.num) for seed in args.seeds]
-        strips[way.method, way.evaluations] = laboratory.images(way.draw, args.seeds[0], 12)
-    context = {
-        "num": args.num,
-        "seeds": args.seeds,
-        "backbone": laboratory.adapter.fingerprint()[:12],
-        "real": laboratory.facts,
-        "classifier_test_accuracy": laboratory.classifier.test_accuracy,
-        "screened": [row for row in laboratory.figures.rows if row["num"] == args.screen],
-    }
-    write_page(args.output, rows, strips, context)
-    print(f"wrote {args.output}")
+    rows: list[dict[str, Any]] = []
+    strips: dict[tuple[str, int], Array] = {}
+    for done, seed in enumerate(args.seeds, start=1):
+        for way in laboratory.ways():
+            rows.append(laboratory.measure(way, seed, args.num))
+            if (way.method, way.evaluations) not in strips:
+                strips[way.method, way.evaluations] = laboratory.images(way.draw, args.seeds[0], 12)
+        context = {
+            "num": args.num,
+            "screen": args.screen,
+            "seeds": args.seeds[:done],
+            **laboratory.figures.made_by,
+            "real": laboratory.facts,
+            "classifier_test_accuracy": laboratory.classifier.test_accuracy,
+        }
+        write_page(args.output, rows, strips, context)
+        print(f"wrote {args.output}, seeds {', '.join(map(str, args.seeds[:done]))}")
 
 
 if __name__ == "__main__":

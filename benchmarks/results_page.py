@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -151,7 +150,7 @@ def strip(strips: Mapping[tuple[str, int], NDArray[np.float32]], rows: Rows, pat
 def write_page(
     output: Path, rows: Rows, strips: Mapping[tuple[str, int], NDArray[np.float32]], context: Mapping[str, Any]
 ) -> None:
-    """``README.md``, ``quality.png``, ``strips.png`` and ``results.json`` in ``output``."""
+    """``README.md``, ``quality.png`` and ``strips.png`` in ``output``."""
     output.mkdir(parents=True, exist_ok=True)
     plot(rows, output / "quality.png")
     shown = strip(strips, rows, output / "strips.png")
@@ -159,9 +158,11 @@ def write_page(
     parts = [
         "# Results on the packaged MNIST backbone",
         f"{context['num']:,} images for each of the seeds {seeds}, from the same noise for every method, against the "
-        f"{real['count']:,} MNIST test images (two random halves of which are {real['halves']:.2f} apart), on the features of "
-        f"a digit classifier ({context['classifier_test_accuracy']:.2%} right on them). Mean and half of the range over the "
-        "seeds. `make results DATA=DIRECTORY` makes this page.",
+        f"{real['count']:,} MNIST test images, on the features of a digit classifier "
+        f"({context['classifier_test_accuracy']:.2%} right on them). As many images of the training set are "
+        f"{real['train']:.2f} away: the distance is biased upwards by finite samples, for all alike."
+        + (" Mean and half of the range over the seeds." if len(context["seeds"]) > 1 else "")
+        + " `make results DATA=DIRECTORY` makes this page, from the figures in `figures.jsonl` and what is not there yet.",
         "![Fréchet distance against evaluations](quality.png)",
         "\n".join(f"- {line}" for line in findings(rows)),
         frechet_table(rows),
@@ -170,10 +171,8 @@ def write_page(
         cost_table(rows),
         "Gap closed: of the distance between plain Euler and the reference trajectory. Squared error: of the image against "
         "the reference trajectory's of the same noise. The best plain solver of each count is chosen by the Fréchet distance "
-        "of fewer images (`--screen`). The neighbours are written after their papers' ideas in `benchmarks/neighbours.py`; "
+        f"of {context['screen']:,} images. The neighbours are written after their papers' ideas in `benchmarks/neighbours.py`; "
         "each stands on the better of Euler and iPNDM.",
         f"![Image strips](strips.png)\n\nRows from above: {'; '.join(shown)}. Columns share their noise.",
     ]
     write(output / "README.md", lambda path: path.write_text("\n\n".join(parts) + "\n", encoding="utf-8"))
-    data = {**context, "rows": list(rows)}
-    write(output / "results.json", lambda path: path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8"))

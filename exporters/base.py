@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from mteo_deploy import assets
 from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.lora import Lora, Loras
 from mteo_deploy.exporters.schedulers import noise_levels, scheduler_points
@@ -243,7 +244,10 @@ def families() -> dict[str, type[Adapter]]:
 
 
 INDEX = "model_index.json"
-WAY_OUT = "pass a directory that a diffusers pipeline's `save_pretrained` wrote, or ORG/NAME of the Hub"
+WAY_OUT = (
+    "pass a directory that a diffusers pipeline's `save_pretrained` wrote, ORG/NAME of the Hub, or the name of a packaged "
+    f"backbone: {', '.join(assets.backbones())}"
+)
 GROUP = "mteo_deploy.adapters"
 """Entry points of other packages' adapters: network class name -> ``package.module:Class``."""
 
@@ -293,7 +297,8 @@ def load_backbone(
     adapter of yours reads.
 
     Args:
-        model: its directory, or a repository of the Hugging Face Hub: ``org/name``, ``org/name@revision``.
+        model: its directory, the name of a packaged one, or a repository of the Hugging Face Hub: ``org/name``,
+            ``org/name@revision``.
         adapter: ``package.module:Class``, a subclass of :class:`Adapter`; None for the one that serves the pipeline's network,
             ours or one that an installed package registers.
         size: height and width of the states; None for the backbone's own.

@@ -228,8 +228,8 @@ def _choose(
         chosen = embeddings
     elif embeddings is not None:
         chosen = EmbeddingSet.load(embeddings)
-    elif model is None:
-        chosen = EmbeddingSet.load(assets.embeddings(4 if steps is None else steps, solver or "euler"))
+    elif adapter.pipeline is not None and assets.embedding_sets(adapter.pipeline):
+        chosen = EmbeddingSet.load(assets.embeddings(4 if steps is None else steps, solver or "euler", adapter.pipeline))
     else:
         raise InputError(
             f"expected an embedding set for {model}; pass --embeddings FILE, make one with: mteo-deploy distill --model "

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mteo_deploy import assets
 from mteo_deploy.bundle import MANIFEST, Bundle, whole_directory
 from mteo_deploy.errors import InputError, MissingPackageError
 
@@ -31,14 +32,15 @@ def is_repository(name: Path | str) -> bool:
 
 
 def model_directory(model: Path | str) -> Path:
-    """The directory of a backbone: ``model`` itself, or the Hub's ``org/name`` or ``org/name@revision`` in the local cache.
+    """The directory of a backbone: ``model`` itself, a packaged one's by its name, or the Hub's ``org/name`` or
+    ``org/name@revision`` in the local cache.
 
     Raises:
         InputError: when there is no such repository, or it is not in the cache and the Hub cannot be reached.
         MissingPackageError: when huggingface_hub is not installed.
     """
     if not is_repository(model):
-        return Path(model)
+        return Path(model) if Path(model).exists() else assets.backbones().get(str(model), Path(model))
     hub, (name, _, revision) = _package(), str(model).partition("@")
     with _explained(f"backbone {name}, which is no directory here,"):
         found = hub.snapshot_download(

@@ -110,7 +110,8 @@ def test_page_says_what_the_figures_say(rows: list[dict[str, object]], neighbour
     import results_page
 
     images = {(row["method"], row["evaluations"]): np.zeros((12, 1, 8, 8), np.float32) for row in rows}
-    context = {"num": 100, "seeds": [0, 1], "real": {"count": 9, "halves": 0.2}, "classifier_test_accuracy": 0.99}
+    real = {"count": 9, "train": 0.2}
+    context = {"num": 100, "screen": 10, "seeds": [0, 1], "real": real, "classifier_test_accuracy": 0.99}
     results_page.write_page(tmp_path, rows, images, context)
     page = (tmp_path / "README.md").read_text()
     assert "MTEO is first at 3 of 3 evaluations" in page
@@ -119,4 +120,4 @@ def test_page_says_what_the_figures_say(rows: list[dict[str, object]], neighbour
     )
     assert "20 evaluations of DDIM: 3.25 ± 0.25; MTEO is at least as near with 3" in page
     assert "| MTEO | 96.6% | 87.5% |" in page
-    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "quality.png", "strips.png", "results.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "quality.png", "strips.png"}

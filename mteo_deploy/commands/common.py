@@ -141,7 +141,7 @@ def backbone_options(function: Callable[..., None]) -> Callable[..., None]:
         click.option("--adapter", metavar="MODULE:CLASS", help="An adapter of your own: docs/backbones.md."),
         click.option("--revision", help="Branch, tag or commit of ORG/NAME [default: the repository's own]."),
         click.option(
-            "--model", type=PATH, help="diffusers pipeline directory, or ORG/NAME of the Hub [default: packaged MNIST]."
+            "--model", type=PATH, help="diffusers pipeline directory, ORG/NAME of the Hub, or packaged [default: mnist]."
         ),
     ):
         wrapped = option(wrapped)
