@@ -21,7 +21,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from mteo_deploy import assets
 from mteo_deploy.errors import InputError
@@ -241,6 +243,20 @@ def families() -> dict[str, type[Adapter]]:
         SanaAdapter,
     )
     return {adapter.family: adapter for adapter in adapters}
+
+
+def embeddings_at(
+    adapter: Adapter, plan: Plan, index: int, deltas: Mapping[str, NDArray[np.float32]] | None = None
+) -> dict[str, NDArray[np.float32]]:
+    """Pretrained embedding at the time of evaluation ``index`` and the learned delta on it: site -> ``[1, width]``.
+
+    Args:
+        deltas: site -> ``[evaluations, width]``; None for the pretrained embedding alone.
+    """
+    with torch.no_grad():
+        base = adapter.embeddings(torch.tensor([plan.evaluations[index].timestep], dtype=torch.float32))
+    named = {site.name: one.numpy() for site, one in zip(adapter.sites, base, strict=True)}
+    return named if deltas is None else {name: one + deltas[name][index : index + 1] for name, one in named.items()}
 
 
 INDEX = "model_index.json"

@@ -18,7 +18,7 @@ from mteo_deploy import assets
 from mteo_deploy.bundle import MANIFEST, SCHEMA, Bundle, whole_directory, write_manifest
 from mteo_deploy.embeddings import EmbeddingSet
 from mteo_deploy.errors import InputError
-from mteo_deploy.exporters.base import Adapter, load_backbone, site_dict
+from mteo_deploy.exporters.base import Adapter, embeddings_at, load_backbone, site_dict
 from mteo_deploy.exporters.compiler import Compiled, compile_bundle
 from mteo_deploy.exporters.guidance import guided
 from mteo_deploy.exporters.options import AXES, OPTIONAL, Options
@@ -38,14 +38,6 @@ def pretrained_set(adapter: Adapter, steps: int, solver: str, schedule: str | No
     plan = adapter.compile_plan(steps, solver, schedule)
     deltas = {site.name: np.zeros((len(plan.evaluations), site.width), np.float32) for site in adapter.sites}
     return EmbeddingSet(deltas, plan, adapter.fingerprint())
-
-
-def _embeddings_at(adapter: Adapter, embeddings: EmbeddingSet, index: int) -> dict[str, np.ndarray]:
-    """Pretrained embedding at this evaluation's time plus the learned delta: site -> ``[1, width]``."""
-    with torch.no_grad():
-        base = adapter.embeddings(torch.tensor([embeddings.plan.evaluations[index].timestep], dtype=torch.float32))
-    pairs = zip(adapter.sites, base, strict=True)
-    return {site.name: one.numpy() + embeddings.deltas[site.name][index : index + 1] for site, one in pairs}
 
 
 def _reference(adapter: Adapter, embeddings: EmbeddingSet, pipeline: Pipeline, path: Path, size: tuple[int, ...]) -> None:
@@ -93,7 +85,7 @@ def _torch_trajectory(
     """``noise [count, *shape]``; ``states`` and ``kept`` ``[evaluations, count, *shape]`` of the torch sampler, image by image:
     what lies between the layers of a large network is much for several."""
     noise = torch.from_numpy(noise_for(shape, REFERENCE_SEED, range(count)))
-    values = [_embeddings_at(adapter, embeddings, i) for i in range(len(embeddings.plan.evaluations))]
+    values = [embeddings_at(adapter, embeddings.plan, i, embeddings.deltas) for i in range(len(embeddings.plan.evaluations))]
     rows = [[torch.from_numpy(one[site.name]) for site in adapter.sites] for one in values]
     found = []
     for image in range(count):
@@ -286,7 +278,7 @@ def export(
     batch: Sequence[int] = (),
     tile: int | None = None,
     dump_after: str | None = None,
-    precision: str = "fp32",
+    precision: str | None = None,
     keep: Sequence[str] = (),
     calibration: int = 16,
     max_error: float | None = None,
@@ -316,6 +308,7 @@ def export(
             for images decoded whole.
         dump_after: a pass after which to leave each step graph, whole, in ``<output>.after-<pass>/``.
         precision: types in the graphs, of :data:`mteo_deploy.precision.NAMES`; states and requests are float32 in all of them.
+            None for what the embedding set was learned against, with the layers that it kept: fp32, unless it says otherwise.
         keep: layers to leave in float32, as patterns of their names (``conv_in``, ``*.attn1.*``). None given, int8 and fp8
             leave those that make much of the error and do little of the work.
         calibration: images whose trajectories the scales of int8 and fp8 are chosen on.
@@ -334,8 +327,13 @@ def export(
     dump = output.with_name(f"{output.name}.after-{dump_after}") if dump_after else None
     if dynamic is None:
         dynamic = () if len(batch) == 1 else ("batch",)
-    realisations = Options.possible(precision) if realisations is None else realisations
-    options = Options(realisations, passes, dynamic, batch, dump_after, dump, precision, keep, calibration, max_error)
+
+    def options_for(precision: str, keep: Sequence[str]) -> Options:
+        which = Options.possible(precision) if realisations is None else realisations
+        return Options(which, passes, dynamic or (), batch, dump_after, dump, precision, keep, calibration, max_error)
+
+    if precision is not None:
+        options_for(precision, keep)  # a clear error before the model is loaded
     if steps is not None and steps < 1:
         raise InputError(f"expected --steps of 1 or more; found {steps}")
     model = Path(model) if isinstance(model, str) else model
@@ -344,9 +342,11 @@ def export(
     if model is None and embeddings is None and not plain:
         assets.embeddings(4 if steps is None else steps, solver or "euler")  # a clear error before the model is loaded
     adapter = model if isinstance(model, Adapter) else load_backbone(assets.MODEL if model is None else model)
-    size = _other_size(adapter, options.dynamic)
     name = adapter.source if isinstance(model, Adapter) else model
     chosen = _choose(name, embeddings, steps, solver, schedule, plain, adapter)
+    learned_against, kept = chosen.precision
+    options = options_for(learned_against, keep or kept) if precision is None else options_for(precision, keep)
+    size = _other_size(adapter, options.dynamic)
     adapter = guided(adapter, *_guidance(chosen, plain, guidance_scale, null_class))
     sites: Mapping[str, int] = site_dict(adapter.sites)
     chosen.check(adapter.fingerprint(), sites)
@@ -354,11 +354,11 @@ def export(
     clock = time.monotonic()
     with reporter(quiet) as report, whole_directory(output, replace=MANIFEST) as directory:
 
-        def embeddings_at(index: int) -> dict[str, np.ndarray]:
-            return _embeddings_at(adapter, chosen, index)
+        def rows(index: int) -> dict[str, np.ndarray]:
+            return embeddings_at(adapter, chosen.plan, index, chosen.deltas)
 
         parts = pipeline.traces(adapter, options.dynamic)
-        compiled = compile_bundle(adapter, chosen.plan, embeddings_at, directory, options, report, size, parts)
+        compiled = compile_bundle(adapter, chosen.plan, rows, directory, options, report, size, parts)
         if pipeline.text_encoder is not None:
             pipeline.text_encoder.save_tokenizers(directory)
         chosen.save(directory / "embeddings.safetensors")

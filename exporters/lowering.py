@@ -159,7 +159,7 @@ class _WithoutScales(_Lowered):
         return found | ({"errors": self.errors(*self._held)} if self._held else {})
 
 
-class _Calibrated(_Lowered):
+class Calibrated(_Lowered):
     """int8, fp8: scales for what layers take in, by evaluation."""
 
     def __init__(self, adapter: Adapter, steps: Steps, options: Options) -> None:
@@ -274,10 +274,15 @@ def values_of(scales: Mapping[str, Scale]) -> dict[str, float]:
 def _check_some(layers: Mapping[str, str], name: str) -> None:
     """A bundle that is called ``name`` has layers of that precision."""
     if not any(what.startswith("weight") for what in layers.values()):
-        reasons = ", ".join(f"{count}: {what}" for what, count in Counter(layers.values()).items())
-        raise InputError(
-            f"expected layers that can be stored in {name}; found none ({reasons}); take another --precision, or fewer --keep"
-        )
+        raise nothing_quantised(layers, name)
+
+
+def nothing_quantised(layers: Mapping[str, str], name: str) -> InputError:
+    """The error for a backbone of whose layers, name -> why not, none can be in a precision."""
+    reasons = ", ".join(f"{count}: {what}" for what, count in Counter(layers.values()).items())
+    return InputError(
+        f"expected layers that can be stored in {name}; found none ({reasons}); take another --precision, or fewer --keep"
+    )
 
 
 def lowering(adapter: Adapter, steps: Steps, options: Options) -> Lowering:
@@ -289,4 +294,4 @@ def lowering(adapter: Adapter, steps: Steps, options: Options) -> Lowering:
     if options.precision == "fp32":
         return Lowering(adapter, steps, options)
     form = FORMATS.get(options.precision)
-    return (_Calibrated if form is not None and form.activations else _WithoutScales)(adapter, steps, options)
+    return (Calibrated if form is not None and form.activations else _WithoutScales)(adapter, steps, options)

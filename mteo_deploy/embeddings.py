@@ -53,6 +53,12 @@ class EmbeddingSet:
         found = self.training.get("guidance") or {}
         return found.get("scale"), found.get("null_class")
 
+    @property
+    def precision(self) -> tuple[str, tuple[str, ...]]:
+        """Precision that the set was learned against, and the layers that were kept in float32, as patterns."""
+        found = self.training.get("recipe") or {}
+        return found.get("precision", "fp32"), tuple(found.get("keep", ()))
+
     def sha256(self) -> str:
         """Hash of names, shapes and values (not of the file's bytes)."""
         digest = hashlib.sha256(json.dumps(self.plan.to_json(), sort_keys=True).encode())

@@ -36,6 +36,10 @@ from mteo_deploy.commands.common import (
 @click.option(
     "--weights", default="fp32", show_default=True, help="The backbone's, while training: fp32, or bf16 (half the memory)."
 )
+@click.option(
+    "--precision", default="fp32", show_default=True, help="Learn against the network in int8 or fp8, as export writes it."
+)
+@click.option("--keep", default="", help="Layers to leave in float32 then, as patterns by comma.")
 @click.option("--checkpointing", is_flag=True, help="Compute activations again for the gradient instead of keeping them.")
 @click.option("--requests", type=PATH, help="npz to learn from: what the backbone wants beside the noise, [rows, ...] each.")
 @click.option("--prompts", type=PATH, help="In its place: a file with a prompt on each line, for a pipeline's text encoders.")
@@ -68,6 +72,7 @@ def distill(
     requests: Path | None,
     prompts: Path | None,
     learn: str,
+    keep: str,
     init: Path | None,
     cache: Path | None,
     reference_limit: str | None,
@@ -96,7 +101,7 @@ def distill(
         steps=steps,
         solver=solver,
         schedule=schedule,
-        recipe=Recipe(**recipe, learn=tuple(split_names(learn))),
+        recipe=Recipe(**recipe, learn=tuple(split_names(learn)), keep=tuple(split_names(keep))),
         requests=requests,
         prompts=prompts,
         init=init,

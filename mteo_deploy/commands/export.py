@@ -37,9 +37,7 @@ from mteo_deploy.commands.common import (
 @click.option("--batch", help="One size: the only one. Several, by comma: the batch stays open, build compiles for these.")
 @click.option("--tile", type=int, help="Decode larger images in tiles of so many latents [default: whole].")
 @click.option("--passes", default="absorb,hoist", show_default=True, help="Optional compiler passes, by comma; '' for none.")
-@click.option(
-    "--precision", default="fp32", show_default=True, help="Types in the graphs: fp32, fp16, bf16, int8, fp8 or int4."
-)
+@click.option("--precision", help="Types in the graphs: fp32, fp16, bf16, int8, fp8 or int4 [default: the set's own, or fp32].")
 @click.option("--keep", metavar="PATTERNS", help="Layers left in fp32, by comma: conv_in,*.attn1.* [default: by sensitivity].")
 @click.option(
     "--calibration", default=16, show_default=True, help="Images whose trajectories int8 and fp8 scales are chosen on."

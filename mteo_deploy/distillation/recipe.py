@@ -14,6 +14,7 @@ OBJECTIVES = ("end-to-end", "stepwise")
 LOSSES = ("squared", "pseudo-huber")
 LEARNABLE = ("points", "coefficients")
 WEIGHTS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "int8", "fp8")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,9 @@ class Recipe:
         feature_weight: weight of the squared error between features of the images, for ``distill(features=...)``.
         learn: numbers of the plan learned beside the embeddings, out of ``points`` (the time points between first and last)
             and ``coefficients`` (of the solver's updates).
+        precision: of the network that the embeddings are learned against: ``int8`` or ``fp8`` as ``export`` writes them, fake
+            quantised (``exporters/fake_quantize.py``), or ``fp32``. The reference is float32's in any case.
+        keep: layers that stay in float32 then, as patterns of their names.
 
     Raises:
         InputError: for a value out of range, or two that exclude each other.
@@ -62,6 +66,8 @@ class Recipe:
     loss: str = "squared"
     feature_weight: float = 0.0
     learn: tuple[str, ...] = ()
+    precision: str = "fp32"
+    keep: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if min(self.trajectories, self.iterations, self.batch) < 1:
@@ -78,6 +84,7 @@ class Recipe:
             ("--loss", [self.loss], LOSSES),
             ("--learn", self.learn, LEARNABLE),
             ("--weights", [self.weights], WEIGHTS),
+            ("--precision", [self.precision], PRECISIONS),
         ):
             if wrong := [name for name in found if name not in known]:
                 raise InputError(f"expected {option} out of {', '.join(known)}; found {wrong[0]!r}")
@@ -86,6 +93,13 @@ class Recipe:
             raise InputError(
                 "expected --weights fp32 with --share time or --learn points, which need the pretrained embedding at other "
                 f"times, in float32, as they learn; found {self.weights}; pass --bf16 for faster layers"
+            )
+        if self.keep and self.precision == "fp32":
+            raise InputError("expected --keep with --precision int8 or fp8; found fp32; leave it out")
+        if self.precision != "fp32" and (self.checkpointing or self.weights != "fp32"):
+            raise InputError(
+                f"expected --precision {self.precision} without --checkpointing and --weights bf16: the scales are an "
+                "evaluation's own, and weights are rounded from float32; found one of them; leave it out"
             )
         self._check_points()
 

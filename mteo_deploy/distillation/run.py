@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,19 @@ import torch
 
 from mteo_deploy.distillation.losses import Features
 from mteo_deploy.distillation.parallel import Processes, device_of
-from mteo_deploy.distillation.placement import placed
+from mteo_deploy.distillation.placement import Use, placed
 from mteo_deploy.distillation.recipe import DEFAULT, Recipe
-from mteo_deploy.distillation.student import Student
+from mteo_deploy.distillation.student import Student, check_start
 from mteo_deploy.distillation.training import error, train
-from mteo_deploy.distillation.trajectories import digest, reference_trajectories
+from mteo_deploy.distillation.trajectories import Trajectories, digest, reference_trajectories
 from mteo_deploy.embeddings import EmbeddingSet
 from mteo_deploy.errors import InputError
-from mteo_deploy.exporters.base import Adapter, load_backbone
+from mteo_deploy.exporters.base import Adapter, embeddings_at, load_backbone
+from mteo_deploy.exporters.fake_quantize import FakeQuantised, Quantised, quantised_layers
 from mteo_deploy.exporters.guidance import guided
 from mteo_deploy.exporters.text import prompt_requests
-from mteo_deploy.plan import reference_plan
-from mteo_deploy.progress import reporter
+from mteo_deploy.plan import Plan, reference_plan
+from mteo_deploy.progress import Reporter, reporter
 from mteo_deploy.requests import Arrays, draw_all, read
 
 
@@ -62,15 +64,6 @@ def _named(features: Features | None, recipe: Recipe) -> str | None:
             f"found feature_weight {recipe.feature_weight} and {'no features' if features is None else 'features'}"
         )
     return None if features is None else getattr(features, "__qualname__", type(features).__qualname__)
-
-
-def _record(init: Path | str | None, student: Student) -> dict[str, Any] | None:
-    """Start from another set, and say which."""
-    if init is None:
-        return None
-    found = EmbeddingSet.load(Path(init))
-    student.start_from(found)
-    return {"sha256": found.sha256(), "backbone": found.backbone}
 
 
 def distill(
@@ -127,70 +120,136 @@ def distill(
     output = Path(output)
     if output.suffix != ".safetensors":
         raise InputError(f"expected an output file ending in .safetensors; found {output}")
+    if prompts is not None and requests is not None:
+        raise InputError("expected --prompts or --requests; found both; leave one out")
     feature_name = _named(features, recipe)
     processes = Processes(device_of(device))
     loaded = model if isinstance(model, Adapter) else load_backbone(Path(model))
     adapter = guided(loaded, guidance_scale, null_class)
-    plan = adapter.compile_plan(steps, solver, schedule)
-    fingerprint = adapter.fingerprint()
-    if prompts is not None and requests is not None:
-        raise InputError("expected --prompts or --requests; found both; leave one out")
+    plan, fingerprint = adapter.compile_plan(steps, solver, schedule), adapter.fingerprint()
     given = _requests(adapter, requests if prompts is None else prompt_requests(adapter, prompts))
-    with placed(adapter, processes.device) as use:
-        student = Student(adapter, plan, recipe)
-        begun = _record(init, student)
-        guidance = None if guidance_scale is None else {"scale": guidance_scale, "null_class": null_class}
-        depends = [fingerprint, plan.to_json(), asdict(recipe), digest(given), begun, feature_name, guidance]
-        key = json.dumps(depends, sort_keys=True)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint = output.with_suffix(".checkpoint.safetensors")
-        held_out = max(16, recipe.trajectories // 8)
-        substeps = recipe.substeps(plan)
-        with reporter(quiet or not processes.main) as report:
-            task = report.task("reference trajectories", (recipe.trajectories + held_out) // processes.count)
+    first, begun = None, None
+    if init is not None:
+        first = EmbeddingSet.load(Path(init))
+        check_start(first, adapter, plan, recipe)
+        begun = {"sha256": first.sha256(), "backbone": first.backbone}
+    guidance = None if guidance_scale is None else {"scale": guidance_scale, "null_class": null_class}
+    depends = [fingerprint, plan.to_json(), asdict(recipe), digest(given), begun, feature_name, guidance]
+    key = json.dumps(depends, sort_keys=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint = output.with_suffix(".checkpoint.safetensors")
+    with reporter(quiet or not processes.main) as report:
+        layers = _quantised(adapter, plan, recipe, first, report)
+        with placed(adapter, processes.device) as use:
+            student = Student(adapter, plan, recipe)
+            if first is not None:
+                student.start_from(first)
             clock = time.monotonic()
-            everything = reference_trajectories(
-                adapter,
-                plan,
-                count=recipe.trajectories + held_out,
-                seed=recipe.seed,
-                batch=recipe.batch,
-                substeps=substeps,
-                progress=lambda n: report.advance(task, n),
-                given=given,
-                teacher=recipe.teacher,
-                processes=processes,
-                cache=None if cache is None else Path(cache),
-                limit=reference_limit,
-            )
+            everything = _references(adapter, plan, recipe, report, processes, given, cache, reference_limit)
             reference_seconds = time.monotonic() - clock
-            learn_from, test = everything.take(slice(held_out, None)), everything.take(slice(held_out))
-            before = error(student, test, recipe.batch, processes.device)
-            use(torch.bfloat16 if recipe.weights == "bf16" else torch.float32)
-            seconds = train(student, learn_from, checkpoint, key, report, processes, features)
-            use(torch.float32)
-            after = error(student, test, recipe.batch, processes.device)
-        count = sum(parameter.numel() for parameter in student.parameters())
-        training = {
-            "recipe": asdict(recipe),
-            "guidance": guidance,
-            "reference": {
-                "solver": recipe.teacher,
-                "evaluations": len(reference_plan(plan, adapter.levels, substeps, recipe.teacher).evaluations),
-                "seconds": round(reference_seconds, 1),
-            },
-            "parameters": count,
-            "share_of_backbone": count / adapter.parameter_count,
-            "seconds": round(seconds, 1),
-            "processes": processes.count,
-            "error_before": before,
-            "error_after": after,
-        }
-        if begun is not None:
-            training["init"] = begun
-        result = EmbeddingSet(student.deltas(), student.plan, fingerprint, training)
+            with quantising(student, layers):
+                learned = _learn(student, everything, checkpoint, key, use, report, processes, features)
+            deltas = student.deltas()
+    count = sum(parameter.numel() for parameter in student.parameters())
+    training = {
+        "recipe": asdict(recipe),
+        "guidance": guidance,
+        "reference": {
+            "solver": recipe.teacher,
+            "evaluations": len(reference_plan(plan, adapter.levels, recipe.substeps(plan), recipe.teacher).evaluations),
+            "seconds": round(reference_seconds, 1),
+        },
+        "parameters": count,
+        "share_of_backbone": count / adapter.parameter_count,
+        "processes": processes.count,
+        **learned,
+        **({} if begun is None else {"init": begun}),
+        **({} if layers is None else {"quantised": {"layers": len(layers.scales), "left_in_float32": layers.left}}),
+    }
+    result = EmbeddingSet(deltas, student.plan, fingerprint, training)
     if processes.main:
         result.save(output)
         checkpoint.unlink(missing_ok=True)
     processes.wait()
     return result
+
+
+def _quantised(adapter: Adapter, plan: Plan, recipe: Recipe, first: EmbeddingSet | None, report: Reporter) -> Quantised | None:
+    """What the recipe's precision quantises of the backbone, with scales of the set that one starts from; None in float32."""
+    if recipe.precision == "fp32":
+        return None
+    task = report.task("calibrating", 1)
+    deltas = None if first is None else first.deltas
+    found = quantised_layers(adapter, plan, lambda i: embeddings_at(adapter, plan, i, deltas), recipe.precision, recipe.keep)
+    report.advance(task)
+    return found
+
+
+@contextmanager
+def quantising(student: Student, layers: Quantised | None) -> Iterator[None]:
+    """The student's backbone with its layers fake quantised; as it is where there are none."""
+    if layers is None:
+        yield
+        return
+    with FakeQuantised(student.adapter[0].network, layers) as quantised:
+        student.quantised = quantised
+        try:
+            yield
+        finally:
+            student.quantised = None
+
+
+def _references(
+    adapter: Adapter,
+    plan: Plan,
+    recipe: Recipe,
+    report: Reporter,
+    processes: Processes,
+    given: Arrays | None,
+    cache: Path | str | None,
+    limit: int | None,
+) -> Trajectories:
+    """Reference trajectories: those that are held out, then those that are learned from."""
+    count = _held_out(recipe) + recipe.trajectories
+    task = report.task("reference trajectories", count // processes.count)
+    return reference_trajectories(
+        adapter,
+        plan,
+        count=count,
+        seed=recipe.seed,
+        batch=recipe.batch,
+        substeps=recipe.substeps(plan),
+        progress=lambda n: report.advance(task, n),
+        given=given,
+        teacher=recipe.teacher,
+        processes=processes,
+        cache=None if cache is None else Path(cache),
+        limit=limit,
+    )
+
+
+def _held_out(recipe: Recipe) -> int:
+    return max(16, recipe.trajectories // 8)
+
+
+def _learn(
+    student: Student,
+    everything: Trajectories,
+    checkpoint: Path,
+    key: str,
+    use: Use,
+    report: Reporter,
+    processes: Processes,
+    features: Features | None,
+) -> dict[str, Any]:
+    """Train the student; the seconds it took, and its error on what is held out, before and after."""
+    recipe, count = student.recipe, _held_out(student.recipe)
+    learn_from, test = everything.take(slice(count, None)), everything.take(slice(count))
+    before = error(student, test, recipe.batch, processes.device)
+    if recipe.weights == "bf16":
+        use(torch.bfloat16)
+    seconds = train(student, learn_from, checkpoint, key, report, processes, features)
+    if recipe.weights == "bf16":
+        use(torch.float32)
+    after = error(student, test, recipe.batch, processes.device)
+    return {"seconds": round(seconds, 1), "error_before": before, "error_after": after}

@@ -15,6 +15,7 @@ from mteo_deploy.distillation.recipe import DEFAULT, Recipe
 from mteo_deploy.embeddings import EmbeddingSet
 from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.base import Adapter, site_dict
+from mteo_deploy.exporters.fake_quantize import FakeQuantised
 from mteo_deploy.plan import Plan, run
 from mteo_deploy.requests import GUIDANCE_SCALE
 
@@ -30,6 +31,7 @@ class Student(torch.nn.Module):
         delta: ``[evaluations, sites, width]``; one site with ``share="step"``; with ``share="time"`` ``[evaluations]``,
             shifts of the timestep over the plan's range of timesteps.
         recompute: an evaluation's activations are not kept, but computed again for its gradient.
+        quantised: the backbone's layers while they are fake quantised; None while they are not.
 
     Raises:
         InputError: when the sites have nothing to share.
@@ -40,6 +42,7 @@ class Student(torch.nn.Module):
         self.adapter, self.recipe = (adapter,), recipe  # in a tuple: the backbone's parameters are not ours
         self.learned = LearnedPlan(plan, adapter.levels, recipe.learn) if recipe.learn else None
         self.start, self.recompute = plan, False
+        self.quantised: FakeQuantised | None = None
         timesteps = [e.timestep for e in plan.evaluations]
         self._span = max(timesteps) - min(timesteps) or 1.0
         self._device = next(adapter.parameters()).device
@@ -78,6 +81,8 @@ class Student(torch.nn.Module):
         requests = {name: self._cast(values) if name != GUIDANCE_SCALE else values for name, values in requests.items()}
 
         def network(i: int, state: torch.Tensor) -> torch.Tensor:
+            if self.quantised is not None:
+                self.quantised.evaluation = i
             return self._call(state, rows[i].unsqueeze(1).unbind(), requests)
 
         between = torch.Tensor.detach if self.recipe.objective == "stepwise" else None
@@ -114,17 +119,20 @@ class Student(torch.nn.Module):
 
     @torch.no_grad()
     def start_from(self, found: EmbeddingSet) -> None:
-        """Take the deltas of another set of as many evaluations; it may be another backbone's, and its plan is not taken.
-
-        Raises:
-            InputError: when its shapes differ, or one vector for each site is not what is learned.
-        """
-        if self.recipe.share != "none":
-            raise InputError(f"expected --share none with --init, whose vectors are the sites' own; found {self.recipe.share}")
-        evaluations, given = len(self.start.evaluations), len(found.plan.evaluations)
-        if evaluations != given:
-            raise InputError(f"expected --init with a set of {evaluations} evaluations; found {given}; pass --steps as it has")
-        sites = self.adapter[0].sites
-        found.check(found.backbone, site_dict(sites))
-        deltas = [torch.from_numpy(np.asarray(found.deltas[site.name])) for site in sites]
+        """Take the deltas of another set that :func:`check_start` has nothing against; its plan is not taken."""
+        deltas = [torch.from_numpy(np.asarray(found.deltas[site.name])) for site in self.adapter[0].sites]
         self.delta.copy_(torch.stack(deltas, dim=1))
+
+
+def check_start(found: EmbeddingSet, adapter: Adapter, plan: Plan, recipe: Recipe) -> None:
+    """Whether one can start from a set: it has as many evaluations, and may be another backbone's with the same sites.
+
+    Raises:
+        InputError: when its shapes differ, or one vector for each site is not what is learned.
+    """
+    if recipe.share != "none":
+        raise InputError(f"expected --share none with --init, whose vectors are the sites' own; found {recipe.share}")
+    evaluations, given = len(plan.evaluations), len(found.plan.evaluations)
+    if evaluations != given:
+        raise InputError(f"expected --init with a set of {evaluations} evaluations; found {given}; pass --steps as it has")
+    found.check(found.backbone, site_dict(adapter.sites))
