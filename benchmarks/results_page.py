@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from neighbours import METHODS
 from numpy.typing import NDArray
 from quality import write
 
@@ -16,6 +17,10 @@ from mteo_deploy.quality import gap_closed
 Rows = Sequence[Mapping[str, Any]]
 ORDER = ("plain Euler", "plain", "scalar time", "time points", "principal directions", "MTEO")
 LABELS = {"plain": "best plain solver"}
+NEIGHBOURS = (
+    " The neighbours are written after their papers' ideas in `benchmarks/neighbours.py`; "
+    "each stands on the better of Euler and iPNDM."
+)
 
 
 def of(rows: Rows, method: str, count: int | None = None) -> list[Mapping[str, Any]]:
@@ -157,9 +162,9 @@ def write_page(
     real, seeds = context["real"], ", ".join(map(str, context["seeds"]))
     parts = [
         "# Results on the packaged MNIST backbone",
-        f"{context['num']:,} images for each of the seeds {seeds}, from the same noise for every method, against the "
-        f"{real['count']:,} MNIST test images, on the features of a digit classifier "
-        f"({context['classifier_test_accuracy']:.2%} right on them). As many images of the training set are "
+        f"{context['num']:,} images {'for each of the seeds' if len(context['seeds']) > 1 else 'of seed'} {seeds}, "
+        f"from the same noise for every method, against the {real['count']:,} MNIST test images, on the features of a digit "
+        f"classifier ({context['classifier_test_accuracy']:.2%} right on them). As many images of the training set are "
         f"{real['train']:.2f} away: the distance is biased upwards by finite samples, for all alike."
         + (" Mean and half of the range over the seeds." if len(context["seeds"]) > 1 else "")
         + " `make results DATA=DIRECTORY` makes this page, from the figures in `figures.jsonl` and what is not there yet.",
@@ -171,8 +176,7 @@ def write_page(
         cost_table(rows),
         "Gap closed: of the distance between plain Euler and the reference trajectory. Squared error: of the image against "
         "the reference trajectory's of the same noise. The best plain solver of each count is chosen by the Fréchet distance "
-        f"of {context['screen']:,} images. The neighbours are written after their papers' ideas in `benchmarks/neighbours.py`; "
-        "each stands on the better of Euler and iPNDM.",
+        f"of {context['screen']:,} images." + (NEIGHBOURS if {row["method"] for row in rows} & set(METHODS) else ""),
         f"![Image strips](strips.png)\n\nRows from above: {'; '.join(shown)}. Columns share their noise.",
     ]
     write(output / "README.md", lambda path: path.write_text("\n\n".join(parts) + "\n", encoding="utf-8"))
