@@ -282,6 +282,7 @@ def export(
     keep: Sequence[str] = (),
     calibration: int = 16,
     max_error: float | None = None,
+    full_range: bool = False,
     quiet: bool = False,
 ) -> Bundle:
     """Bake an embedding set into per-evaluation ONNX graphs and write a bundle.
@@ -314,6 +315,8 @@ def export(
         calibration: images whose trajectories the scales of int8 and fp8 are chosen on.
         max_error: relative error of the median image against float32 that int8 and fp8 may make: where they make more, layers
             are left in float32, at the evaluations where that helps most (:mod:`mteo_deploy.exporters.search`).
+        full_range: int8 weights in all of their range: a little more exact, and wrong on x86 processors without VNNI, which
+            add two products in 16 bits.
 
     Returns:
         The bundle, opened.
@@ -330,7 +333,8 @@ def export(
 
     def options_for(precision: str, keep: Sequence[str]) -> Options:
         which = Options.possible(precision) if realisations is None else realisations
-        return Options(which, passes, dynamic or (), batch, dump_after, dump, precision, keep, calibration, max_error)
+        common = which, passes, dynamic or (), batch, dump_after, dump
+        return Options(*common, precision, keep, calibration, max_error, full_range)
 
     if precision is not None:
         options_for(precision, keep)  # a clear error before the model is loaded

@@ -23,7 +23,7 @@ from mteo_deploy.exporters.base import Adapter
 from mteo_deploy.exporters.lowering import Calibrated, nothing_quantised
 from mteo_deploy.exporters.options import SCALED, Options
 from mteo_deploy.exporters.passes.layers import Layer, layers_of
-from mteo_deploy.exporters.passes.quantize import FORMATS, Array, Format, rounded, spread, weight_scale
+from mteo_deploy.exporters.passes.quantize import Array, Format, format_of, rounded, spread, weight_scale
 from mteo_deploy.exporters.steps import Steps
 from mteo_deploy.exporters.trace import trace_generic
 from mteo_deploy.plan import Plan
@@ -48,7 +48,7 @@ class Quantised:
 
     @property
     def form(self) -> Format:
-        return FORMATS[self.precision]
+        return format_of(self.precision)
 
 
 def quantised_layers(

@@ -23,7 +23,7 @@ from mteo_deploy.exporters.options import Options
 from mteo_deploy.exporters.passes.binding_time import BindingTime, binding_times
 from mteo_deploy.exporters.passes.layers import layers_of
 from mteo_deploy.exporters.passes.precision import Precision
-from mteo_deploy.exporters.passes.quantize import FORMATS, Array, Quantize, declined
+from mteo_deploy.exporters.passes.quantize import FORMATS, Array, Quantize, declined, format_of
 from mteo_deploy.exporters.passes.runner import PassReport, run_passes
 from mteo_deploy.exporters.passes.shapes import infer_shapes
 from mteo_deploy.exporters.running import Graphs, Run, Trajectories, Values, available
@@ -141,7 +141,7 @@ class _WithoutScales(_Lowered):
     def one(self, index: int | None) -> Precision | Quantize:
         name, keep = self.options.precision, self.options.keep
         if name in FORMATS:
-            return Quantize(FORMATS[name], keep=keep, stored=self._shared)
+            return Quantize(format_of(name), keep=keep, stored=self._shared)
         return Precision(name, keep, self._shared)
 
     def feeds(self, index: int) -> Values | None:
@@ -164,7 +164,7 @@ class Calibrated(_Lowered):
 
     def __init__(self, adapter: Adapter, steps: Steps, options: Options) -> None:
         super().__init__(adapter, steps, options)
-        self.form, self.graphs = FORMATS[options.precision], Graphs()
+        self.form, self.graphs = format_of(options.precision, options.full_range), Graphs()
         self.calibrated = Trajectories(adapter, steps, self.graphs, options.calibration, CALIBRATION_SEED)
         self.held = Trajectories(adapter, steps, self.graphs, CHECK_COUNT, CHECK_SEED)
         self._stored: Any = {}
@@ -249,6 +249,7 @@ class Calibrated(_Lowered):
         pooled = _errors([state_error(run, self.held, i) for i, run in enumerate(one_scale)], one_scale, self.held)
         return {
             "name": self.options.precision,
+            "largest_weight": self.form.largest_weight,
             "calibration": {"images": len(self.calibrated.feeds) * len(self.calibrated.feeds[0][0]["state"])},
             "errors": self.errors(self.held, self.graphs),
             "pooled": pooled,

@@ -32,6 +32,7 @@ class Options:
         precision: of the graphs, out of :data:`mteo_deploy.precision.NAMES`.
         keep: layers to leave in float32, as patterns of their names.
         calibration: images whose trajectories scales are chosen on.
+        full_range: whether int8 weights use all of their range; half of it, without, is right on every processor.
         max_error: of the images against float32, to be met by leaving layers in float32; None for no limit.
     """
 
@@ -45,6 +46,7 @@ class Options:
     keep: Sequence[str] = ()
     calibration: int = 16
     max_error: float | None = None
+    full_range: bool = False
 
     def __post_init__(self) -> None:
         for what, found, known in (
@@ -71,6 +73,8 @@ class Options:
                 f"expected --max-error above 0 with --precision {' or '.join(SCALED)}; found {self.max_error:g} with "
                 f"{self.precision}"
             )
+        if self.full_range and self.precision != "int8":
+            raise InputError(f"expected --full-range with --precision int8 only; found {self.precision}; leave it out")
         if self.keep and self.precision == "fp32":
             raise InputError("expected --keep with a --precision below fp32; found fp32; leave it out")
         if self.precision in SCALED and "table" in self.realisations:

@@ -24,7 +24,7 @@ from mteo_deploy.exporters import calibration, running, tensorrt, work
 from mteo_deploy.exporters.calibration import Sample
 from mteo_deploy.exporters.evaluate import evaluate
 from mteo_deploy.exporters.export import export
-from mteo_deploy.exporters.passes.quantize import FORMATS, Quantize, quantised, rounded, spread, weight_scale
+from mteo_deploy.exporters.passes.quantize import FORMATS, Quantize, format_of, quantised, rounded, spread, weight_scale
 from mteo_deploy.exporters.passes.runner import run_passes
 from mteo_deploy.exporters.running import Graphs
 from mteo_deploy.exporters.search import order, search
@@ -63,7 +63,7 @@ def test_rounding_is_at_most_half_a_step_and_clips_no_weight(name: str, axis: in
     steps = np.broadcast_to(spread(scale, weight, axis, form), weight.shape)
     error = np.abs(rounded(weight, spread(scale, weight, axis, form), form) - weight)
     assert (error <= 0.5 * steps * (1 + 1e-5)).all() and error.max() > 0.4 * steps.max()
-    assert np.abs(quantised(weight, spread(scale, weight, axis, form), form).astype(np.int32)).max() == form.largest
+    assert np.abs(quantised(weight, spread(scale, weight, axis, form), form).astype(np.int32)).max() == form.largest_weight
 
 
 def test_fp8_rounds_to_a_sixteenth() -> None:
@@ -128,6 +128,30 @@ def test_the_graph_computes_what_rounding_says(name: str) -> None:
     )  # a sum may fall on the other side of a half
     assert np.sqrt(np.mean((y - x) ** 2) / np.mean(x**2)) < (3e-3 if form.activations else 1e-5)
     assert tensorrt.problems(found) == []
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("kind", ["product", "convolution"])
+def test_the_largest_numbers_do_not_overflow_in_an_engine(engine: str, kind: str, tmp_path: Path) -> None:
+    """Every weight and every input at its largest: where two products are added in 16 bits, as without VNNI, they must fit."""
+    operator, weight, given, out = {
+        "product": ("MatMul", (64, 64), (4, 64), "[4, 64]"),
+        "convolution": ("Conv", (64, 64, 3, 3), (4, 64, 8, 8), "[4, 64, 6, 6]"),
+    }[kind]
+    text = f"""<ir_version: 10, opset_import: ["" : 20]>
+    net (float{[*given]} state, float{[*weight]} layer__weight) => (float{out} next_state) {{
+      next_state = {operator} (state, layer__weight)
+    }}"""
+    found, x = model(text, {"layer.weight": np.ones(weight)}), np.ones(given, np.float32)
+    run_passes(found, [Quantize(INT8, {"state": 1 / 127})])
+    ir.save(found, path := tmp_path / "graph.onnx")
+    if engine == "onnxruntime":
+        runtime = pytest.importorskip("onnxruntime")
+        (y,) = runtime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"state": x})
+    else:
+        core = pytest.importorskip("openvino").Core()
+        (y,) = core.compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})({"state": x}).values()
+    np.testing.assert_allclose(y, np.full_like(y, 64.0 if kind == "product" else 576.0), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["int8", "fp8"])
@@ -354,6 +378,23 @@ def test_a_limit_is_met_layer_by_layer(token_model: Path, tmp_path: Path) -> Non
     limited = told(limit)
     assert free["left_in_float32"] == [[], []] and any(limited["left_in_float32"])
     assert 0 < limited["errors"]["median_image"] <= 1.01 * limit  # the graphs' own error, against that of the switched ones
+
+
+def test_the_full_range_is_asked_for(token_model: Path, tmp_path: Path) -> None:
+    """Half as large steps, so a smaller error; and no other precision has a second range."""
+    made: dict[str, Any] = {"plain": True, "steps": 1, "realisations": ["baked"], "quiet": True, "model": token_model}
+    told, largest = {}, {}
+    for full in (False, True):
+        bundle = export(tmp_path / "bundle", precision="int8", full_range=full, **made)
+        told[full] = bundle.manifest["compiler"]["precision"]
+        tensors = onnx.load(str(bundle.file(bundle.step_graphs[0]["graph"]))).graph.initializer
+        weights = [onnx.numpy_helper.to_array(one) for one in tensors if one.data_type == onnx.TensorProto.INT8]
+        largest[full] = max(int(np.abs(values.astype(int)).max()) for values in weights)
+    assert largest == {False: 64, True: 127} == {full: one["largest_weight"] for full, one in told.items()}
+    assert told[True]["errors"]["images"] < told[False]["errors"]["images"]
+    assert format_of("int8", full_range=True).largest_weight == 127
+    with pytest.raises(InputError, match="expected --full-range with --precision int8 only; found fp8"):
+        export(tmp_path / "bundle", precision="fp8", full_range=True, **made)
 
 
 @pytest.mark.parametrize("name", ["int8", "int4"])

@@ -5,6 +5,8 @@ weight`` in integers, any other computes the same numbers in float32. Zero point
 
 - Weights are stored in the low type: int8 by output channel, fp8 (E4M3) by tensor, int4 in blocks along the sum. Their scale
   is the largest magnitude's, so that no weight is clipped; it is the same at every evaluation, and so are the stored bytes.
+  int8 weights use half of the range: x86 processors without VNNI add two products in 16 bits, which holds 2 * 255 * 64, and
+  clips what is larger without a word.
 - Activations of int8 and fp8 have one scale per tensor, calibrated (``exporters/calibration.py``) and constant in the graph.
   In int4, and where no scale is given, activations stay as they are (weight-only).
 
@@ -14,7 +16,7 @@ Biases stay in float32, and the sum of a layer is never rounded to 8 bits: the n
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import numpy as np
@@ -37,6 +39,7 @@ class Format:
     Attributes:
         type: of weights, and of activations where ``activations``.
         largest: magnitude that a quantised number can have.
+        largest_weight: magnitude that a quantised weight is given at most.
         activations: whether a layer's input is quantised too.
         per_channel: whether weights have a scale per output channel.
         block: numbers along the sum that share a scale; None for all of them.
@@ -46,6 +49,7 @@ class Format:
 
     type: ir.DataType
     largest: float
+    largest_weight: float
     activations: bool
     per_channel: bool
     block: int | None
@@ -54,10 +58,16 @@ class Format:
 
 
 FORMATS = {
-    "int8": Format(ir.DataType.INT8, 127.0, True, True, None, ("Conv", "MatMul", "Gemm"), 0.2),
-    "fp8": Format(ir.DataType.FLOAT8E4M3FN, 448.0, True, False, None, ("Conv", "MatMul", "Gemm"), 0.3),
-    "int4": Format(ir.DataType.INT4, 7.0, False, True, 64, ("MatMul", "Gemm"), 0.4),
+    "int8": Format(ir.DataType.INT8, 127.0, 64.0, True, True, None, ("Conv", "MatMul", "Gemm"), 0.2),
+    "fp8": Format(ir.DataType.FLOAT8E4M3FN, 448.0, 448.0, True, False, None, ("Conv", "MatMul", "Gemm"), 0.3),
+    "int4": Format(ir.DataType.INT4, 7.0, 7.0, False, True, 64, ("MatMul", "Gemm"), 0.4),
 }
+
+
+def format_of(name: str, full_range: bool = False) -> Format:
+    """A format of :data:`FORMATS`; with ``full_range`` weights may be as large as any number of its type."""
+    form = FORMATS[name]
+    return replace(form, largest_weight=form.largest) if full_range else form
 
 
 def quantised(values: Array, scale: Array | float, form: Format) -> NDArray[np.generic]:
@@ -85,7 +95,7 @@ def weight_scale(weight: Array, axis: int, form: Format) -> Array:
         largest = np.abs(weight).max(axis=tuple(i for i in range(weight.ndim) if i != axis))
     else:
         largest = np.abs(weight).max()
-    return np.maximum(largest / form.largest, SMALLEST).astype(np.float32)
+    return np.maximum(largest / form.largest_weight, SMALLEST).astype(np.float32)
 
 
 def spread(scale: Array, weight: Array, axis: int, form: Format) -> Array:

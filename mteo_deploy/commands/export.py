@@ -45,6 +45,7 @@ from mteo_deploy.commands.common import (
 @click.option(
     "--max-error", type=float, help="Of the median image, met by leaving layers of int8 or fp8 in fp32, per evaluation."
 )
+@click.option("--full-range", is_flag=True, help="int8 weights in 8 bits, not 7; x86 processors need VNNI for it.")
 @click.option("--dump-after", metavar="PASS", help="Leave each step graph after PASS in OUTPUT.after-PASS/.")
 @click.option("-o", "--output", type=PATH, default=Path("bundle"), show_default=True, help="Bundle directory to write.")
 @json_option
