@@ -59,6 +59,7 @@ def main() -> int:
                 "exporters/tensorrt-onnx-ops.json",
                 "engines/build.py",
                 "assets/mnist",
+                "assets/mnist-dit",
             )
             if not (package / name).exists()
         ]

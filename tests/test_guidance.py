@@ -375,3 +375,19 @@ def test_values_with_a_default() -> None:
     assert set(drawn["guidance_scale"]) == {5} and len(np.unique(drawn["prompt"])) > 2
     with pytest.raises(InputError, match="as many values of each request input, or 1; found"):
         draw_all([scale, rows], 4, 0, {"prompt": np.ones((3, 2)), "guidance_scale": np.ones(2)})
+
+
+def test_the_packaged_backbone_draws_the_label_it_is_asked_for(tmp_path: Path) -> None:
+    """Named, exported with its own set and guided; images of one label are nearer to each other than to those of another."""
+    bundle = export(tmp_path / "dit", model="mnist-dit", steps=4, realisations=["table"], quiet=True)
+    assert bundle.manifest["embeddings"]["parameters"] == 2560 and bundle.manifest["backbone"]["parameters"] == 1_427_856
+    build(bundle.path, engine="onnxruntime", realisation="table", threads=1, seconds=0.1, quiet=True)
+    with Sampler.load(bundle.path) as sampler:
+        labels = [0, 1] * 8
+        images = sampler(num=16, seed=0, requests={"class_labels": labels})
+        zeros, ones = images[0::2].mean(0), images[1::2].mean(0)
+        again = sampler(num=16, seed=100, requests={"class_labels": labels})
+    nearer = [np.mean((image - zeros) ** 2) < np.mean((image - ones) ** 2) for image in again]
+    assert nearer == [label == 0 for label in labels]
+    with pytest.raises(InputError, match=r"in mnist-dit; found euler-4.*--model mnist-dit"):
+        export(tmp_path / "other", model="mnist-dit", steps=3, quiet=True)
