@@ -2,9 +2,9 @@
 
 Every sampler starts from the same noise, runs on the same frozen backbone in ONNX Runtime and is measured on the same
 features: plain solvers (all of them, screened on fewer images; the best of each count goes on), the neighbours of
-`neighbours.py`, MTEO, and the reference trajectory. A figure is a line of OUTPUT/figures.jsonl, so a stopped run loses at most
-one, and another machine can go on with the file; it names the backbone and the classifier that it is of. Bundles, neighbours
-and reference images are kept under WORK and not made again.
+`neighbours.py`, MTEO (on every solver that there is a set for, screened in the same way), and the reference trajectory. A figure
+is a line of OUTPUT/figures.jsonl, so a stopped run loses at most one, and another machine can go on with the file; it names the
+backbone and the classifier that it is of. Bundles, neighbours and reference images are kept under WORK and not made again.
 
     python benchmarks/results.py DATA --work runs/results -o docs/results      # DATA/mnist_train.npz, DATA/mnist_test.npz
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,6 @@ from mteo_deploy.distillation import Recipe, distill
 from mteo_deploy.distillation.trajectories import reference_trajectories
 from mteo_deploy.embeddings import EmbeddingSet
 from mteo_deploy.engines.build import build
-from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.base import Adapter, load_backbone
 from mteo_deploy.exporters.export import export
 from mteo_deploy.plan import Plan, default_substeps
@@ -99,7 +98,7 @@ class Laboratory:
         self.facts["train"] = self._of_training_images()
         made_by = {"backbone": self.adapter.fingerprint()[:12], "classifier": sha256_file(args.classifier)[:12]}
         self.figures = Figures(args.output / "figures.jsonl", made_by)
-        self.conditioned = Sampler.load(self.bundle(min(args.counts)))
+        self.conditioned = Sampler.load(self.bundle(min(args.counts), next(iter(self.sets(min(args.counts))))))
         self._references: dict[int, Array] = {}
 
     def _of_training_images(self) -> float:
@@ -108,23 +107,25 @@ class Laboratory:
         rows = np.random.default_rng(0).permutation(len(images))[: self.args.num]
         return frechet_distance(Statistics.of(classify(self.classifier, images[rows])[0]), self.real)
 
-    def embeddings(self, count: int) -> Path:
-        """The packaged set; one learned here where none is packaged, or for another backbone."""
-        if self.args.model == assets.MODEL:
-            try:
-                return assets.embeddings(count, "euler")
-            except InputError:
-                pass
+    def sets(self, count: int) -> dict[str, Path]:
+        """Solver -> the backbone's own embedding set of this many steps; one learned here on Euler where there is none."""
+        found = {
+            name.removesuffix(f"-{count}"): path
+            for name, path in assets.embedding_sets(self.args.model).items()
+            if name.endswith(f"-{count}")
+        }
+        if found:
+            return found
         path = self.args.work / "sets" / f"euler-{count}.safetensors"
         if not path.exists():
             recipe = Recipe(trajectories=self.args.trajectories, iterations=self.args.iterations)
             distill(self.args.model, path, steps=count, recipe=recipe)
-        return path
+        return {"euler": path}
 
-    def bundle(self, count: int) -> Path:
-        path = self.args.work / "bundles" / f"euler-{count}"
+    def bundle(self, count: int, solver: str = "euler") -> Path:
+        path = self.args.work / "bundles" / f"{solver}-{count}"
         if not path.exists():
-            export(path, model=self.args.model, embeddings=self.embeddings(count), realisations=("table",), quiet=True)
+            export(path, model=self.args.model, embeddings=self.sets(count)[solver], realisations=("table",), quiet=True)
             build(path, engine="onnxruntime", realisation="table", quiet=True)
         return path
 
@@ -165,13 +166,20 @@ class Laboratory:
                     yield Way("plain", name, count, self._plan(plan))
 
     def best_plain(self, count: int) -> Way:
-        """By Fréchet distance on the first ``screen`` images of the first seed."""
-        screened = [(self.measure(way, self.args.seeds[0], self.args.screen)["frechet"], way) for way in self.plain(count)]
-        return min(screened, key=lambda pair: pair[0])[1]
+        return self.best(self.plain(count))
 
-    def mteo(self, count: int) -> Way:
-        sampler, found = Sampler.load(self.bundle(count)), EmbeddingSet.load(self.embeddings(count))
-        return Way("MTEO", "euler", count, sampler.image, found.parameters, found.training["seconds"])
+    def best(self, ways: Iterable[Way]) -> Way:
+        """By Fréchet distance on the first ``screen`` images of the first seed; one alone needs no screening."""
+        ways = list(ways)
+        if len(ways) == 1:
+            return ways[0]
+        return min(ways, key=lambda way: float(self.measure(way, self.args.seeds[0], self.args.screen)["frechet"]))
+
+    def mteo(self, count: int) -> Iterator[Way]:
+        """On every solver that there is a set for."""
+        for solver, path in self.sets(count).items():
+            sampler, found = Sampler.load(self.bundle(count, solver)), EmbeddingSet.load(path)
+            yield Way("MTEO", solver, count, sampler.image, found.parameters, found.training["seconds"])
 
     def neighbour(self, method: str, count: int) -> Way:
         """The better of Euler and iPNDM below it, by the loss it was trained to; learned once."""
@@ -252,7 +260,7 @@ class Laboratory:
         for count in self.args.counts:
             yield self.best_plain(count)
             yield Way("plain Euler", "euler", count, self._plan(self.adapter.compile_plan(count)))
-            yield self.mteo(count)
+            yield self.best(self.mteo(count))
             for method in self.args.neighbours:
                 yield self.neighbour(method, count)
 

@@ -175,8 +175,9 @@ def write_page(
         error_table(rows),
         cost_table(rows),
         "Gap closed: of the distance between plain Euler and the reference trajectory. Squared error: of the image against "
-        "the reference trajectory's of the same noise. The best plain solver of each count is chosen by the Fréchet distance "
-        f"of {context['screen']:,} images." + (NEIGHBOURS if {row["method"] for row in rows} & set(METHODS) else ""),
+        "the reference trajectory's of the same noise. The best plain solver of each count, and the solver below MTEO where "
+        f"there are sets for several, is chosen by the Fréchet distance of {context['screen']:,} images."
+        + (NEIGHBOURS if {row["method"] for row in rows} & set(METHODS) else ""),
         f"![Image strips](strips.png)\n\nRows from above: {'; '.join(shown)}. Columns share their noise.",
     ]
     write(output / "README.md", lambda path: path.write_text("\n\n".join(parts) + "\n", encoding="utf-8"))
