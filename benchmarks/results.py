@@ -2,9 +2,10 @@
 
 Every sampler starts from the same noise, runs on the same frozen backbone in ONNX Runtime and is measured on the same
 features: plain solvers (all of them, screened on fewer images; the best of each count goes on), the neighbours of
-`neighbours.py`, MTEO (on every solver that there is a set for, screened in the same way), and the reference trajectory. A figure
-is a line of OUTPUT/figures.jsonl, so a stopped run loses at most one, and another machine can go on with the file; it names the
-backbone and the classifier that it is of. Bundles, neighbours and reference images are kept under WORK and not made again.
+`neighbours.py`, MTEO (on every solver that there is a set for, screened in the same way), and the reference trajectory. A
+figure is a line of OUTPUT/figures.jsonl, so a stopped run loses at most one, and another machine can go on with the file;
+it names the backbone and the classifier that it is of. Bundles, neighbours and reference images are kept under WORK and not
+made again.
 
     python benchmarks/results.py DATA --work runs/results -o docs/results      # DATA/mnist_train.npz, DATA/mnist_test.npz
 """
