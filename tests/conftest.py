@@ -18,6 +18,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from diffusers import DDIMScheduler, DiTTransformer2DModel
+from families import redraw, save_pipeline
 from filelock import FileLock
 
 from mteo_deploy.distillation import Recipe, distill
@@ -204,3 +206,19 @@ def pipeline_bundle(once: Once, pipeline_model: Path) -> Path:
         build(made, engine="onnxruntime", threads=1, seconds=0.1, quiet=True)
 
     return once("text-to-image", make)
+
+
+@pytest.fixture(scope="session")
+def token_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pipeline directory of a DiT with ten labels, 64 numbers per token, and random weights."""
+    torch.manual_seed(0)
+    network = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=32,
+        in_channels=1,
+        out_channels=1,
+        num_layers=1,
+        sample_size=8,
+        num_embeds_ada_norm=10,
+    )
+    return save_pipeline(tmp_path_factory.mktemp("tokens") / "dit", redraw(network), DDIMScheduler())

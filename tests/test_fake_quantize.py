@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiTTransformer2DModel
-from families import redraw, save_pipeline
 
 from mteo_deploy.bundle import Bundle
 from mteo_deploy.distillation import Recipe, distill
@@ -24,17 +22,6 @@ from mteo_deploy.exporters.passes.quantize import FORMATS, rounded
 from mteo_deploy.sampler import noise_for
 
 SMALL = {"trajectories": 32, "batch": 16}
-
-
-@pytest.fixture(scope="module")
-def token_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pipeline directory of a DiT with labels, a prelude, and random weights."""
-    torch.manual_seed(0)
-    network = DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=32, in_channels=1, out_channels=1, num_layers=2, sample_size=8,
-        num_embeds_ada_norm=10,
-    )  # fmt: skip
-    return save_pipeline(tmp_path_factory.mktemp("tokens") / "dit", redraw(network), DDIMScheduler())
 
 
 @pytest.mark.parametrize("name", ["int8", "fp8"])

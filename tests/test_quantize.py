@@ -10,10 +10,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-import torch
 from conftest import Once
-from diffusers import DDIMScheduler, DiTTransformer2DModel
-from families import redraw, save_pipeline
 from helpers import altered, failed
 from test_precision import feeds, model, network
 
@@ -348,22 +345,6 @@ def test_engines_say_what_they_do_not_run(int8_bundle: Path, monkeypatch: pytest
     monkeypatch.setattr(type(backend("onnxruntime")), "runs", lambda self, device: ("fp32", "fp16"))
     with pytest.raises(EngineError, match="in fp32, fp16 for onnxruntime on cpu; found int8"):
         build(int8_bundle, engine="onnxruntime", threads=1, quiet=True)
-
-
-@pytest.fixture(scope="module")
-def token_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pipeline directory of a DiT with ten labels, 64 numbers per token, and random weights."""
-    torch.manual_seed(0)
-    network = DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=32,
-        in_channels=1,
-        out_channels=1,
-        num_layers=1,
-        sample_size=8,
-        num_embeds_ada_norm=10,
-    )
-    return save_pipeline(tmp_path_factory.mktemp("tokens") / "dit", redraw(network), DDIMScheduler())
 
 
 def test_a_limit_is_met_layer_by_layer(token_model: Path, tmp_path: Path) -> None:

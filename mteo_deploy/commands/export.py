@@ -21,6 +21,7 @@ from mteo_deploy.commands.common import (
     split_names,
     verb,
 )
+from mteo_deploy.errors import InputError
 
 
 @click.command()
@@ -37,13 +38,16 @@ from mteo_deploy.commands.common import (
 @click.option("--batch", help="One size: the only one. Several, by comma: the batch stays open, build compiles for these.")
 @click.option("--tile", type=int, help="Decode larger images in tiles of so many latents [default: whole].")
 @click.option("--passes", default="absorb,hoist", show_default=True, help="Optional compiler passes, by comma; '' for none.")
-@click.option("--precision", help="Types in the graphs: fp32, fp16, bf16, int8, fp8 or int4 [default: the set's own, or fp32].")
+@click.option(
+    "--precision", help="Types in the graphs: fp32, fp16, bf16, int8, fp8, int4 or auto [default: the set's own, or fp32]."
+)
+@click.option("--engine", help="With --precision auto: the engine to measure in [default: the fastest one installed].")
 @click.option("--keep", metavar="PATTERNS", help="Layers left in fp32, by comma: conv_in,*.attn1.* [default: by sensitivity].")
 @click.option(
     "--calibration", default=16, show_default=True, help="Images whose trajectories int8 and fp8 scales are chosen on."
 )
 @click.option(
-    "--max-error", type=float, help="Of the median image, met by leaving layers of int8 or fp8 in fp32, per evaluation."
+    "--max-error", type=float, help="Of the median image, met by leaving layers of int8 or fp8 in fp32 [with auto: 0.05]."
 )
 @click.option("--full-range", is_flag=True, help="int8 weights in 8 bits, not 7; x86 processors need VNNI for it.")
 @click.option("--dump-after", metavar="PASS", help="Leave each step graph after PASS in OUTPUT.after-PASS/.")
@@ -66,6 +70,8 @@ def export(
     dynamic: str | None,
     batch: str | None,
     keep: str | None,
+    precision: str | None,
+    engine: str | None,
     **options: Any,
 ) -> None:
     """Bake an embedding set into one ONNX graph per evaluation: a bundle.
@@ -75,7 +81,10 @@ def export(
               mteo-deploy export --steps 4 --batch 1,4,16 -o bundle
               mteo-deploy export --steps 4 --dynamic batch,height,width -o bundle
               mteo-deploy export --steps 4 --precision int8 -o bundle-int8
+              mteo-deploy export --steps 4 --precision auto --max-error 0.02 -o bundle
     """
+    from mteo_deploy.engines import AUTO
+    from mteo_deploy.exporters.auto import export_fastest
     from mteo_deploy.exporters.export import export as run
 
     options |= {"realisations": realisations} if realisations else {}
@@ -83,7 +92,13 @@ def export(
     options["batch"] = [] if batch is None else integers("--batch", batch)
     options["keep"] = [] if keep is None else split_names(keep)
     options["model"] = open_backbone(model, adapter, size, tokens, lora, controlnet)
-    bundle = run(output, passes=split_names(passes), quiet=quiet or as_json, **options)
+    common: dict[str, Any] = {**options, "passes": split_names(passes), "quiet": quiet or as_json}
+    if precision == AUTO:
+        bundle = export_fastest(output, engine=engine or AUTO, **common)
+    elif engine is not None:
+        raise InputError(f"expected --engine with --precision auto only; found {precision}; `build` takes the engine otherwise")
+    else:
+        bundle = run(output, precision=precision, **common)
     compiler = bundle.manifest["compiler"]
     if as_json:
         emit({"bundle": str(output), "seconds": bundle.manifest["export_seconds"], "compiler": compiler})
@@ -106,6 +121,8 @@ def export(
     click.echo(f"sites: {_sites_line(compiler['sites'])}")
     for line in precision_lines(compiler.get("precision", {})):
         click.echo(line)
+    if tried := compiler.get("auto"):
+        _show_tried(tried)
     refused = [f"{graph['graph']}: {problem}" for graph in compiler["graphs"] for problem in graph["tensorrt"]]
     click.echo(
         f"TensorRT would refuse: {'; '.join(refused)}" if refused else "TensorRT's parser has every operator and type used"
@@ -139,6 +156,20 @@ def _layers_line(found: dict[str, Any]) -> str:
     counts: Counter[str] = Counter(found["layers"].values()) if "layers" in found else Counter(found["float32"])
     words = ", ".join(f"{count} {what}" for what, count in counts.most_common())
     return f"layers quantised: {words}" if "layers" in found else f"in float32: {words or 'nothing'}"
+
+
+def _show_tried(found: dict[str, Any]) -> None:
+    """What ``--precision auto`` measured."""
+    rows = []
+    for one in found["tried"]:
+        if one["refused"]:
+            rows.append([one["precision"], "", "", "", one["refused"]])
+            continue
+        median, low, high = one["ratio"]
+        near = "" if one["error"] <= found["max_error"] else f"above {found['max_error']:g}"
+        note = "chosen" if one["precision"] == found["chosen"] else near
+        rows.append([one["precision"], one["engine"], f"{median:.2f} [{low:.2f}, {high:.2f}]", f"{one['error']:.1e}", note])
+    show_table("", ["precision", "engine", "time / fp32", "median image's error", ""], rows)
 
 
 ABSORBED = ("rule", "merged")
