@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,9 @@ def compiler(manifest: dict[str, Any]) -> dict[str, Any]:
     Returns:
         ``time_conditioned``: ``nodes``, ``parameters``, ``bytes`` before any pass; ``graphs``: for each ``graph``, its
         ``passes`` (``name``, ``modified``, ``before`` and ``after`` as above, ``error``) and the number of
-        ``removed_weights``; ``sites``: for each ``site``, what became of its ``constants`` in each realisation. Empty where
-        the bundle does not tell.
+        ``removed_weights``; ``sites``: for each ``site``, what became of its ``constants`` in each realisation;
+        ``precision`` and ``auto``, of a bundle below float32 and of one whose precision was measured. Empty where the bundle
+        does not tell.
     """
     found = manifest.get("compiler")
     if not found:
@@ -37,7 +40,32 @@ def compiler(manifest: dict[str, Any]) -> dict[str, Any]:
         {"graph": one["graph"], "passes": one["passes"], "removed_weights": len(one["removed_weights"])}
         for one in found["graphs"]
     ]
-    return {"time_conditioned": found["time_conditioned"], "graphs": graphs, "sites": found["sites"]}
+    told = {name: found[name] for name in ("precision", "auto") if found.get(name)}
+    return {"time_conditioned": found["time_conditioned"], "graphs": graphs, "sites": found["sites"], **told}
+
+
+def layer_fates(found: Mapping[str, Any]) -> str:
+    """How many layers of a bundle's ``compiler.precision`` are quantised, or stayed in float32, and why."""
+    counts = Counter(found["layers"].values() if "layers" in found else found["float32"])
+    words = ", ".join(f"{count} {what}" for what, count in counts.most_common())
+    return f"layers quantised: {words}" if "layers" in found else f"in float32: {words or 'nothing'}"
+
+
+TRIED = ("precision", "engine", "time / fp32", "median image's error", "")
+
+
+def tried_rows(found: Mapping[str, Any]) -> list[list[str]]:
+    """A row under :data:`TRIED` for each precision of a bundle's ``compiler.auto``."""
+    rows = []
+    for one in found["tried"]:
+        if one["refused"]:
+            rows.append([one["precision"], "", "", "", one["refused"]])
+            continue
+        median, low, high = one["ratio"]
+        near = "" if one["error"] <= found["max_error"] else f"above {found['max_error']:g}"
+        note = "chosen" if one["precision"] == found["chosen"] else near
+        rows.append([one["precision"], one["engine"], f"{median:.2f} [{low:.2f}, {high:.2f}]", f"{one['error']:.1e}", note])
+    return rows
 
 
 def inspect(path: Path | str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mteo_deploy import bisection, costs, images, plots, waterfall
+from mteo_deploy import bisection, costs, images, inspection, plots, waterfall
 
 if TYPE_CHECKING:
     from mteo_deploy.numerics import Check
@@ -109,6 +109,7 @@ def _report(report: Report, name: str) -> str:
         "Bisection": _paragraphs(bisection.lines(report.bisection)),
         "Latency": _latency(report, name),
         "Costs": _paragraphs(costs.lines(report.costs)),
+        "Precision": _precision(report.compiler.get("precision")) + _auto(report.compiler.get("auto")),
         "Compiler": _compiler(report.compiler),
         "Environment": table(["", ""], [[k, v] for k, v in report.environment.items()]) if report.environment else "",
     }
@@ -283,6 +284,43 @@ def _compiler(found: Mapping[str, Any]) -> str:
             rows.append(["", after, *_size(one["after"]), f"{max(errors):.1g}" if errors else "not compared", removed])
     head = ["graph", "after pass", "nodes", "parameters", "bytes", "outputs changed by", "weights folded away"]
     return table(head, rows, numeric=2) + _sites(found["sites"])
+
+
+SENSITIVE = 12
+"""Layers that the page lists as the most sensitive."""
+
+IMAGE_ERRORS = (("all images together", "images"), ("the median image", "median_image"))
+"""Names for a reader of the errors of whole trajectories."""
+
+
+def _auto(found: Mapping[str, Any] | None) -> str:
+    """What ``export --precision auto`` tried."""
+    if not found:
+        return ""
+    title = f"Measured at export, the median image's error at most {found['max_error']:g}"
+    return table(inspection.TRIED, inspection.tried_rows(found), caption=title)
+
+
+def _precision(found: Mapping[str, Any] | None) -> str:
+    """What lowering did: errors by evaluation, layers that stayed in float32 and why, the most sensitive layers."""
+    if not found:
+        return ""
+    parts = [f"<p>{escape(found['name'])}: {escape(inspection.layer_fates(found))}</p>"]
+    ways = [(title, found[key]) for title, key in (("error", "errors"), ("with one scale for all", "pooled")) if key in found]
+    if ways:
+        lines = [[str(i), *(f"{way['evaluations'][i]:.1e}" for _, way in ways)] for i in range(len(ways[0][1]["evaluations"]))]
+        lines += [[what, *(f"{way[key]:.1e}" for _, way in ways)] for what, key in IMAGE_ERRORS]
+        off = found.get("left_in_float32", [])
+        if any(off):
+            lines = [[*line, f"{len(off[i])}" if i < len(off) else ""] for i, line in enumerate(lines)]
+        head = ["evaluation", *(title for title, _ in ways), *(["left in float32 for --max-error"] if any(off) else [])]
+        parts.append(table(head, lines, numeric=1, caption="Relative error against float32"))
+    loudest = sorted(found.get("sensitivity", []), key=lambda row: max(row["errors"]), reverse=True)[:SENSITIVE]
+    if loudest:
+        rows = [[row["layer"], *(f"{error:.1e}" for error in row["errors"]), f"{row['work']:.1%}"] for row in loudest]
+        head = ["layer, quantised alone", *(f"evaluation {i}" for i in range(len(loudest[0]["errors"]))), "share of the work"]
+        parts.append(f"<details><summary>The most sensitive layers</summary>{table(head, rows, numeric=1)}</details>")
+    return "".join(parts)
 
 
 def _size(found: Mapping[str, int]) -> list[str]:

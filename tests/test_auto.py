@@ -14,6 +14,7 @@ from mteo_deploy.cli import main
 from mteo_deploy.errors import InputError
 from mteo_deploy.exporters import auto
 from mteo_deploy.exporters.auto import Tried, export_fastest, pick
+from mteo_deploy.inspection import tried_rows
 
 FIRST = Tried("fp32", "onnxruntime", 0.0, (1.0, 1.0, 1.0))
 
@@ -57,6 +58,7 @@ def test_int8_meets_the_limit_or_is_not_taken(token_model: Path, tmp_path: Path)
     found = CliRunner().invoke(main, ["export", "--precision", "auto", "--max-error", "0.03", *arguments])
     assert found.exit_code == 0, found.output
     told = json.loads(found.stdout)["compiler"]["auto"]
+    assert len(tried_rows(told)) == 4 and sum(row[-1] == "chosen" for row in tried_rows(told)) == 1
     tried = {one["precision"]: one for one in told["tried"]}
     assert list(tried) == ["fp32", "fp16", "bf16", "int8"] and told["max_error"] == 0.03
     assert tried["int8"]["refused"] is None and 0 < tried["int8"]["error"] < 0.1

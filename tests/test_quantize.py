@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,7 @@ from mteo_deploy.exporters.passes.runner import run_passes
 from mteo_deploy.exporters.running import Graphs
 from mteo_deploy.exporters.search import order, search
 from mteo_deploy.exporters.sensitivity import Sensitivity, Switchboard, group, sensitivity, work_shares
+from mteo_deploy.page import page
 from mteo_deploy.sampler import Sampler
 from mteo_deploy.verification import verify
 
@@ -392,3 +394,9 @@ def test_labels_and_history(name: str, token_model: Path, tmp_path: Path) -> Non
     build(bundle, engine="onnxruntime", threads=1, seconds=0.1, quiet=True)
     report = verify(bundle.path, seconds=0, draw=False, quiet=True)
     assert report.precision == name and report.passed, [check for check in report.checks if not check.passed]
+    text = re.sub(r"<[^>]+>", "|", page(report))
+    assert "Relative error against float32" in text and f"{name}: layers quantised: " in text
+    for i, error in enumerate(told["errors"]["evaluations"]):
+        others = rf"\|+{told['pooled']['evaluations'][i]:.1e}" if name == "int8" else ""
+        assert re.search(rf"\|{i}\|+{error:.1e}{others}\|", text)
+    assert ("The most sensitive layers" in text) == (name == "int8")

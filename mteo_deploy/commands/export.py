@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from mteo_deploy.commands.common import (
     verb,
 )
 from mteo_deploy.errors import InputError
+from mteo_deploy.inspection import TRIED, layer_fates, tried_rows
 
 
 @click.command()
@@ -122,7 +122,7 @@ def export(
     for line in precision_lines(compiler.get("precision", {})):
         click.echo(line)
     if tried := compiler.get("auto"):
-        _show_tried(tried)
+        show_table("", list(TRIED), tried_rows(tried))
     refused = [f"{graph['graph']}: {problem}" for graph in compiler["graphs"] for problem in graph["tensorrt"]]
     click.echo(
         f"TensorRT would refuse: {'; '.join(refused)}" if refused else "TensorRT's parser has every operator and type used"
@@ -140,7 +140,7 @@ def precision_lines(found: dict[str, Any]) -> list[str]:
     """What lowering did and what it costs, in words; nothing in float32."""
     if not found:
         return []
-    lines = [f"{found['name']}: {_layers_line(found)}"]
+    lines = [f"{found['name']}: {layer_fates(found)}"]
     for what, errors in (("", found.get("errors")), ("; one scale for all evaluations", found.get("pooled"))):
         if errors:
             each = ", ".join(f"{error:.1e}" for error in errors["evaluations"])
@@ -149,27 +149,6 @@ def precision_lines(found: dict[str, Any]) -> list[str]:
                 f"median one {errors['median_image']:.1e}"
             )
     return lines
-
-
-def _layers_line(found: dict[str, Any]) -> str:
-    """How many layers are what, and why."""
-    counts: Counter[str] = Counter(found["layers"].values()) if "layers" in found else Counter(found["float32"])
-    words = ", ".join(f"{count} {what}" for what, count in counts.most_common())
-    return f"layers quantised: {words}" if "layers" in found else f"in float32: {words or 'nothing'}"
-
-
-def _show_tried(found: dict[str, Any]) -> None:
-    """What ``--precision auto`` measured."""
-    rows = []
-    for one in found["tried"]:
-        if one["refused"]:
-            rows.append([one["precision"], "", "", "", one["refused"]])
-            continue
-        median, low, high = one["ratio"]
-        near = "" if one["error"] <= found["max_error"] else f"above {found['max_error']:g}"
-        note = "chosen" if one["precision"] == found["chosen"] else near
-        rows.append([one["precision"], one["engine"], f"{median:.2f} [{low:.2f}, {high:.2f}]", f"{one['error']:.1e}", note])
-    show_table("", ["precision", "engine", "time / fp32", "median image's error", ""], rows)
 
 
 ABSORBED = ("rule", "merged")
