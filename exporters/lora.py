@@ -66,7 +66,13 @@ class Loras:
         """
         for lora in self.files:
             state, alphas, metadata = self._read(lora)
-            if not any(key.startswith((f"{name}.", "text_encoder")) for key in state):
+            text = [key for key in state if key.startswith("text_encoder")]
+            if text and not hasattr(self._class(), "load_lora_into_text_encoder"):
+                raise InputError(
+                    f"expected LoRA weights of {name} alone in {lora.file}, since diffusers has no loader for those of "
+                    f"{self.pipeline}'s text encoders; found {_some(dict.fromkeys(text))}"
+                )
+            if not text and not any(key.startswith(f"{name}.") for key in state):
                 raise InputError(f"expected LoRA weights of {name} in {lora.file}; found {_some(state)}")
             before = {key: value.shape for key, value in network.state_dict().items()}
             try:

@@ -30,7 +30,7 @@ from mteo_deploy.engines.build import build
 from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.base import Adapter, load_backbone
 from mteo_deploy.exporters.export import export, pretrained_set
-from mteo_deploy.exporters.lora import Lora
+from mteo_deploy.exporters.lora import Lora, Loras
 from mteo_deploy.exporters.text import TextEncoder, load_text_encoder
 
 SCALE = 0.5
@@ -171,6 +171,10 @@ def test_what_is_refused(model: Path, weights: Path, tmp_path: Path) -> None:
     save_file({name: torch.cat([v, v], -1) for name, v in state.items()}, tmp_path / "b.safetensors")
     with pytest.raises(InputError, match=r"expected LoRA weights for unet in .*b.safetensors"):
         load_backbone(model, loras=[Lora.parse(str(tmp_path / "b.safetensors"))])
+    text = {name.replace("unet.", "text_encoder."): v for name, v in state.items() if name.startswith("unet.")}
+    save_file(text, tmp_path / "c.safetensors")
+    with pytest.raises(InputError, match=r"SanaPipeline's text encoders; found text_encoder.down"):
+        Loras("SanaPipeline", (Lora(tmp_path / "c.safetensors"),)).fuse_network("transformer", torch.nn.Module())
     shutil.copytree(model, tmp_path / "pipeline")
     edit_json(tmp_path / "pipeline" / "model_index.json", lambda index: index.update(_class_name="DiffusionPipeline"))
     with pytest.raises(InputError, match="loads LoRA weights for; found DiffusionPipeline"):
