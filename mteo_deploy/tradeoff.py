@@ -130,6 +130,10 @@ class Tradeoff:
             + ", ".join(f"{rounds} rounds at batch {batch}" for batch, rounds in self.rounds.items())
             + "; ratios to the fastest, round by round, with 95 % intervals",
         ]
+        if self.reference["precision"] != "fp32":
+            found.insert(
+                1, f"the reference is in {self.reference['precision']} too: add a bundle in fp32 to see what rounding costs in all"
+            )
         return found + ([f"times marked unreliable: {'; '.join(self.doubts)}"] if self.doubts else [])
 
     def rows(self, batch: int) -> list[list[str]]:

@@ -193,6 +193,9 @@ def test_files(tmp_path: Path) -> None:
         found.save(tmp_path / "deep" / f"bench{ending}")
     page = Elements((tmp_path / "deep" / "bench.html").read_text())
     assert page.outward() == [] and len(page.named("svg")) == 2 and "<b>, 4 evaluations" in page.text
+    assert not any("rounding" in line for line in found.lines())
+    rounded = replace(found, reference={**REFERENCE, "precision": "int8"})
+    assert "the reference is in int8 too: add a bundle in fp32" in rounded.lines()[1]
     assert "not finite" in page.text and "unreliable: batch 1: busy" in page.text
     rows = list(csv.DictReader((tmp_path / "deep" / "bench.csv").read_text().splitlines()))
     assert [row["front"] for row in rows] == ["False", "True", "False", "True"] and rows[0]["error"] == ""
