@@ -131,9 +131,8 @@ class Tradeoff:
             + "; ratios to the fastest, round by round, with 95 % intervals",
         ]
         if self.reference["precision"] != "fp32":
-            found.insert(
-                1, f"the reference is in {self.reference['precision']} too: add a bundle in fp32 to see what rounding costs in all"
-            )
+            name = self.reference["precision"]
+            found.insert(1, f"the reference is in {name} too: add a bundle in fp32 to see all of what rounding costs")
         return found + ([f"times marked unreliable: {'; '.join(self.doubts)}"] if self.doubts else [])
 
     def rows(self, batch: int) -> list[list[str]]:
