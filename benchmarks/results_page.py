@@ -131,8 +131,8 @@ def plot(rows: Rows, path: Path) -> None:
         axes.fill_between(numbers, values.min(1), values.max(1), color=line[0].get_color(), alpha=0.2, lw=0)
     reference = of(rows, "reference")
     axes.axhline(mean(reference, "frechet"), color="0.4", ls="--", lw=1)
-    axes.annotate(f"reference trajectory ({reference[0]['evaluations']})", (numbers[-1], mean(reference, "frechet")),
-                  ha="right", va="bottom", color="0.4")  # fmt: skip
+    axes.annotate(f"reference trajectory ({reference[0]['evaluations']})", (numbers[0], mean(reference, "frechet")),
+                  ha="left", va="bottom", color="0.4")  # fmt: skip
     axes.set(xscale="log", yscale="log", xlabel="evaluations", ylabel="Fréchet distance (classifier features)")
     axes.set_xticks(numbers, [str(n) for n in numbers])
     axes.minorticks_off()
