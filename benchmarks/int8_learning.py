@@ -30,6 +30,7 @@ from mteo_deploy.distillation import Recipe, distill
 from mteo_deploy.embeddings import EmbeddingSet
 from mteo_deploy.engines.build import build
 from mteo_deploy.exporters.export import export
+from mteo_deploy.numerics import relative_error
 from mteo_deploy.sampler import Sampler, noise_for
 
 Array = NDArray[np.float32]
@@ -39,7 +40,7 @@ VARIANTS = {
     "int8, learned on in float32": ("fp32", "int8"),
     "int8, learned on in int8": ("int8", "int8"),
 }
-"""What is measured -> which set, and the precision of the graphs. The first is what the others are compared with."""
+"""What is measured -> which set, and the precision of the graphs; the others are compared with the first."""
 
 
 def embeddings(args: argparse.Namespace, count: int, which: str) -> Path:
@@ -69,11 +70,6 @@ def draw(sampler: Sampler, args: argparse.Namespace, num: int, plan: Any = None)
         noise = noise_for(shape, args.seed, range(start, min(start + args.sample_batch, num)))
         parts.append(sampler.image(noise) if plan is None else sampler.conditioned_states(plan, noise)[-1])
     return np.concatenate(parts).clip(-1, 1)
-
-
-def relative(images: Array, exact: Array) -> float:
-    """Root mean square of the difference, over that of the images."""
-    return float(np.sqrt(np.mean((images - exact) ** 2) / np.mean(exact**2)))
 
 
 def parse() -> argparse.Namespace:
@@ -122,7 +118,7 @@ def main() -> None:
                 **key,
                 **measure(classifier, images, real),
                 "error_against_reference": mean_squared_error(images[: args.compared], reference),
-                "error_against_fp32": relative(images, exact),
+                "error_against_fp32": relative_error(images, exact),
                 "image_seconds": round(seconds, 1),
                 "training_seconds": 0.0 if which == "packaged" else training["seconds"],
                 "held_out_error": [training["error_before"], training["error_after"]],

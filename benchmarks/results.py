@@ -99,7 +99,8 @@ class Laboratory:
         self.facts["train"] = self._of_training_images()
         made_by = {"backbone": self.adapter.fingerprint()[:12], "classifier": sha256_file(args.classifier)[:12]}
         self.figures = Figures(args.output / "figures.jsonl", made_by)
-        self.conditioned = Sampler.load(self.bundle(min(args.counts), next(iter(self.sets(min(args.counts))))))
+        count = min(args.counts)  # any bundle has the graph with ordinary time conditioning
+        self.conditioned = Sampler.load(self.bundle(count, next(iter(self.sets(count)))))
         self._references: dict[int, Array] = {}
 
     def _of_training_images(self) -> float:
@@ -123,7 +124,7 @@ class Laboratory:
             distill(self.args.model, path, steps=count, recipe=recipe)
         return {"euler": path}
 
-    def bundle(self, count: int, solver: str = "euler") -> Path:
+    def bundle(self, count: int, solver: str) -> Path:
         path = self.args.work / "bundles" / f"{solver}-{count}"
         if not path.exists():
             export(path, model=self.args.model, embeddings=self.sets(count)[solver], realisations=("table",), quiet=True)
@@ -165,9 +166,6 @@ class Laboratory:
                 plan = self.adapter.compile_plan(count // solver.evaluations_per_interval, name)
                 if len(plan.evaluations) == count:
                     yield Way("plain", name, count, self._plan(plan))
-
-    def best_plain(self, count: int) -> Way:
-        return self.best(self.plain(count))
 
     def best(self, ways: Iterable[Way]) -> Way:
         """By Fréchet distance on the first ``screen`` images of the first seed; one alone needs no screening."""
@@ -259,7 +257,7 @@ class Laboratory:
         for count in DDIM:
             yield Way("DDIM", "euler", count, self._plan(self.adapter.compile_plan(count)))
         for count in self.args.counts:
-            yield self.best_plain(count)
+            yield self.best(self.plain(count))
             yield Way("plain Euler", "euler", count, self._plan(self.adapter.compile_plan(count)))
             yield self.best(self.mteo(count))
             for method in self.args.neighbours:
