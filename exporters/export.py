@@ -283,6 +283,7 @@ def export(
     calibration: int = 16,
     max_error: float | None = None,
     full_range: bool = False,
+    engine: str | None = None,
     quiet: bool = False,
 ) -> Bundle:
     """Bake an embedding set into per-evaluation ONNX graphs and write a bundle.
@@ -317,6 +318,9 @@ def export(
             are left in float32, at the evaluations where that helps most (:mod:`mteo_deploy.exporters.search`).
         full_range: int8 weights in all of their range: a little more exact, and wrong on x86 processors without VNNI, which
             add two products in 16 bits.
+        engine: for int8 and fp8, the engine in which the time that each layer saves is measured
+            (:mod:`mteo_deploy.exporters.timing`): layers that save none are left in float32, and ``max_error`` is met at the
+            least time. None for operations in the place of time, and every layer quantised.
 
     Returns:
         The bundle, opened.
@@ -324,7 +328,8 @@ def export(
     Raises:
         InputError: for a model that is not supported, an embedding set that does not fit, axes that cannot be open, or a
             precision that the backbone has no layers for.
-        MissingPackageError: for int8 and fp8 without ONNX Runtime, which calibrates.
+        MissingPackageError: for int8 and fp8 without ONNX Runtime, which calibrates, or without the engine's package.
+        EngineError: for an ``engine`` that does not take the graphs, or does not time their layers.
     """
     output = Path(output)
     dump = output.with_name(f"{output.name}.after-{dump_after}") if dump_after else None
@@ -334,7 +339,7 @@ def export(
     def options_for(precision: str, keep: Sequence[str]) -> Options:
         which = Options.possible(precision) if realisations is None else realisations
         common = which, passes, dynamic or (), batch, dump_after, dump
-        return Options(*common, precision, keep, calibration, max_error, full_range)
+        return Options(*common, precision, keep, calibration, max_error, full_range, engine)
 
     if precision is not None:
         options_for(precision, keep)  # a clear error before the model is loaded

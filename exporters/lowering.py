@@ -30,6 +30,7 @@ from mteo_deploy.exporters.running import Graphs, Run, Trajectories, Values, ava
 from mteo_deploy.exporters.search import search
 from mteo_deploy.exporters.sensitivity import Sensitivity, Switchboard, relative, sensitivity, state_error, work_shares
 from mteo_deploy.exporters.steps import Steps
+from mteo_deploy.exporters.timing import Kind, time_saved
 
 CALIBRATION_SEED, CHECK_SEED, CHECK_COUNT = 10_000, 20_000, 16
 """Noise that scales are chosen on, and noise that errors are told of: neither is the stored reference's."""
@@ -175,9 +176,27 @@ class Calibrated(_Lowered):
             Switchboard(model, self.form, values_of(scales), self.graphs, self._stored)
             for model, scales in zip(steps.baked, self.scales, strict=True)
         ]
-        self.sensitivity = sensitivity(self.boards, self.held, work_shares(steps.baked[0], self.form))
+        self.sensitivity = self._sensitivity()
         self.loud = [] if options.keep else self.sensitivity.loud()
+        self.slow = self._slow()
         self.off = self._off()
+
+    def _sensitivity(self) -> Sensitivity:
+        model, engine, kinds = self.steps.baked[0], self.options.engine, list[Kind]()
+        if engine is not None:
+            scales = values_of(self.scales[0])
+            kinds = time_saved(model, self.form, scales, self.options.keep, engine, self.feeds(0), self.options.batch)
+        return sensitivity(self.boards, self.held, work_shares(model, self.form), kinds)
+
+    def _slow(self) -> list[str]:
+        """Layers that the engine computes faster in float32; some must be left that it does not."""
+        slow, kinds = self.sensitivity.slow(), self.sensitivity.kinds
+        if kinds and not {layer for kind in kinds for layer in kind.layers} - {*slow, *self.loud}:
+            raise InputError(
+                f"expected layers that {self.options.engine} computes faster in {self.options.precision} than in float32; "
+                "found none; take another --precision, or --engine"
+            )
+        return slow
 
     def _off(self) -> list[list[str]]:
         """By evaluation: layers that are left in float32 to meet the limit on the error."""
@@ -187,7 +206,7 @@ class Calibrated(_Lowered):
         def error(on: Sequence[Collection[str]]) -> float:
             return median_error([board.as_run(layers) for board, layers in zip(self.boards, on, strict=True)], self.held)
 
-        on = search(self.sensitivity, self.loud, self.options.max_error, error)
+        on = search(self.sensitivity, [*self.loud, *self.slow], self.options.max_error, error)
         return [[name for name in board.layers if name not in layers] for board, layers in zip(self.boards, on, strict=True)]
 
     def _sample(self, index: int) -> dict[str, Sample]:
@@ -206,7 +225,7 @@ class Calibrated(_Lowered):
     def one(self, index: int | None) -> Quantize:
         scales = values_of(self.scales[index]) if index is not None else {}
         off = self.off[index] if index is not None else []
-        return Quantize(self.form, scales, [*self.options.keep, *self.loud, *off], self._stored)
+        return Quantize(self.form, scales, [*self.options.keep, *self.loud, *self.slow, *off], self._stored)
 
     def feeds(self, index: int) -> Values:
         return self.calibrated.feeds[0][index]
@@ -228,7 +247,7 @@ class Calibrated(_Lowered):
             for values, timestep in zip(feeds, timesteps, strict=True)
         ]
         samples = calibration.gather({name: found[name] for name in names} for found in map(exact, given))
-        keep, scales = [*self.options.keep, *self.loud], values_of(calibration.scales(samples, self.form))
+        keep, scales = [*self.options.keep, *self.loud, *self.slow], values_of(calibration.scales(samples, self.form))
         reports = run_passes(model, [Quantize(self.form, scales, keep, self._stored)])
         low, output = self.graphs.open(model), model.graph.outputs[0].name or ""
         self.conditioned_errors = [
@@ -254,7 +273,11 @@ class Calibrated(_Lowered):
             "errors": self.errors(self.held, self.graphs),
             "pooled": pooled,
             "methods": dict(Counter(scale.method for scales in self.scales for scale in scales.values())),
-            "layers": layers[0] | dict.fromkeys(self.loud, "left in float32: loud and cheap"),
+            "layers": layers[0]
+            | dict.fromkeys(self.slow, f"left in float32: faster so in {self.options.engine}")
+            | dict.fromkeys(self.loud, "left in float32: loud and cheap"),
+            "engine": self.options.engine,
+            "kinds": [kind.to_json() for kind in self.sensitivity.kinds],
             "max_error": self.options.max_error,
             "left_in_float32": self.off,
             "sensitivity": _table(self.sensitivity),

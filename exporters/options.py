@@ -34,6 +34,7 @@ class Options:
         calibration: images whose trajectories scales are chosen on.
         full_range: whether int8 weights use all of their range; half of it, without, is right on every processor.
         max_error: of the images against float32, to be met by leaving layers in float32; None for no limit.
+        engine: in which the time that each layer saves is measured; None for operations in the place of time.
     """
 
     realisations: Sequence[str] = NAMES
@@ -47,6 +48,7 @@ class Options:
     calibration: int = 16
     max_error: float | None = None
     full_range: bool = False
+    engine: str | None = None
 
     def __post_init__(self) -> None:
         for what, found, known in (
@@ -72,6 +74,11 @@ class Options:
             raise InputError(
                 f"expected --max-error above 0 with --precision {' or '.join(SCALED)}; found {self.max_error:g} with "
                 f"{self.precision}"
+            )
+        if self.engine is not None and self.precision not in SCALED:
+            raise InputError(
+                f"expected --engine with --precision {', '.join(SCALED)} or auto, which measure in it; found {self.precision}; "
+                "`build` takes the engine otherwise"
             )
         if self.full_range and self.precision != "int8":
             raise InputError(f"expected --full-range with --precision int8 only; found {self.precision}; leave it out")

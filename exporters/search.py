@@ -1,9 +1,10 @@
 """Search: which layers stay in float32, at which evaluations, so that the images' error meets a limit.
 
-Every layer at every evaluation has an error that it alone makes (``exporters/sensitivity.py``) and a share of the work. Those
-with the most squared error for their work go to float32 first, as the greedy rule for a knapsack has it; how many must go is
-found by halving, since each one that goes makes the error smaller but for chance. The error is that of whole trajectories,
-measured each time, never a sum of the layers' own. Work stands for time: which layers an engine gains by is not asked.
+Every layer at every evaluation has an error that it alone makes (``exporters/sensitivity.py``) and a gain: the time that an
+engine saves by it (``exporters/timing.py``), or its share of the operations where no engine was asked. Those with the most
+squared error for their gain go to float32 first, as the greedy rule for a knapsack has it; how many must go is found by
+halving, since each one that goes makes the error smaller but for chance. The error is that of whole trajectories, measured
+each time, never a sum of the layers' own.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ On = list[set[str]]
 
 
 def order(found: Sensitivity) -> list[tuple[str, int]]:
-    """Every group of layers at every evaluation, the one with the most squared error for its work first."""
-    work = {name: sum(found.work.get(layer, 0.0) for layer in layers) for name, layers in found.groups.items()}
+    """Every group of layers at every evaluation, the one with the most squared error for its gain first."""
+    gain = {name: found.gain(name) for name in found.groups}
     pairs = [(name, i) for name, errors in found.errors.items() for i in range(len(errors))]
-    return sorted(pairs, key=lambda pair: found.errors[pair[0]][pair[1]] ** 2 / max(work[pair[0]], 1e-6), reverse=True)
+    return sorted(pairs, key=lambda pair: found.errors[pair[0]][pair[1]] ** 2 / max(gain[pair[0]], 1e-6), reverse=True)
 
 
 def search(found: Sensitivity, off: Collection[str], limit: float, error: Callable[[Sequence[Collection[str]]], float]) -> On:

@@ -18,6 +18,7 @@ from mteo_deploy.exporters import work
 from mteo_deploy.exporters.passes.layers import Layer, layers_of
 from mteo_deploy.exporters.passes.quantize import Array, Format, Quantize, declined
 from mteo_deploy.exporters.running import Graphs, Run, Trajectories, Values
+from mteo_deploy.exporters.timing import Kind
 
 MOST = 80
 """Layers that are measured one by one; of more, those of one module are measured together."""
@@ -88,11 +89,28 @@ class Sensitivity:
         groups: name -> its layers.
         errors: group -> relative error of each evaluation's next state.
         work: layer -> its share of a graph's floating-point operations; empty where it is not known.
+        kinds: layers alike, and the time that quantising them saves; empty where it was not measured.
     """
 
     groups: dict[str, list[str]]
     errors: dict[str, list[float]]
     work: dict[str, float]
+    kinds: Sequence[Kind] = ()
+
+    def gain(self, group: str) -> float:
+        """What quantising a group gains: time, shared by layers alike as their work is, or work where no time was measured."""
+        layers = self.groups[group]
+        if not self.kinds:
+            return self._work(layers)
+        shares = [(kind.saved, self._work([one for one in kind.layers if one in layers]), kind.layers) for kind in self.kinds]
+        return sum(saved * part / self._work(alike) for saved, part, alike in shares if part)
+
+    def slow(self) -> list[str]:
+        """Layers that take longer when they are quantised."""
+        return [layer for kind in self.kinds if kind.slow for layer in kind.layers]
+
+    def _work(self, layers: Sequence[str]) -> float:
+        return sum(self.work.get(layer, 0.0) for layer in layers)
 
     def loud(self) -> list[str]:
         """Layers that make much of an evaluation's error for little work."""
@@ -102,14 +120,16 @@ class Sensitivity:
         return [layer for group in found for layer in self.groups[group]]
 
     def _cheap(self, group: str) -> bool:
-        return bool(self.work) and sum(self.work.get(layer, 0.0) for layer in self.groups[group]) < CHEAP
+        return bool(self.work) and self._work(self.groups[group]) < CHEAP
 
 
-def sensitivity(boards: Sequence[Switchboard], held: Trajectories, work_of: Mapping[str, float]) -> Sensitivity:
+def sensitivity(
+    boards: Sequence[Switchboard], held: Trajectories, work_of: Mapping[str, float], kinds: Sequence[Kind] = ()
+) -> Sensitivity:
     """Measure each layer, or each module where there are too many, on the states of the first batch of trajectories."""
     groups, indices = group(boards[0].layers), range(len(boards))
     errors = {name: [state_error(boards[i].as_run(layers), held, i, 1) for i in indices] for name, layers in groups.items()}
-    return Sensitivity(groups, errors, dict(work_of))
+    return Sensitivity(groups, errors, dict(work_of), kinds)
 
 
 def group(layers: Sequence[str], most: int = MOST) -> dict[str, list[str]]:

@@ -55,16 +55,30 @@ TRIED = ("precision", "engine", "time / fp32", "median image's error", "")
 
 
 def tried_rows(found: Mapping[str, Any]) -> list[list[str]]:
-    """A row under :data:`TRIED` for each precision of a bundle's ``compiler.auto``."""
+    """A row under :data:`TRIED` for each candidate of a bundle's ``compiler.auto``."""
     rows = []
-    for one in found["tried"]:
+    for i, one in enumerate(found["tried"]):
+        name = one["precision"] if one["hint"] == "fp32" else f"{one['precision']}, computed in {one['hint']}"
         if one["refused"]:
-            rows.append([one["precision"], "", "", "", one["refused"]])
+            rows.append([name, one["engine"] or "", "", "", one["refused"]])
             continue
         median, low, high = one["ratio"]
         near = "" if one["error"] <= found["max_error"] else f"above {found['max_error']:g}"
-        note = "chosen" if one["precision"] == found["chosen"] else near
-        rows.append([one["precision"], one["engine"], f"{median:.2f} [{low:.2f}, {high:.2f}]", f"{one['error']:.1e}", note])
+        note = "chosen" if i == found["chosen"] else near
+        rows.append([name, one["engine"], f"{median:.2f} [{low:.2f}, {high:.2f}]", f"{one['error']:.1e}", note])
+    return rows
+
+
+KINDS = ("layers", "how many", "time with them in fp32", "")
+
+
+def kind_rows(found: Mapping[str, Any]) -> list[list[str]]:
+    """A row under :data:`KINDS` for each kind of layer of a bundle's ``compiler.precision`` whose time was measured."""
+    rows = []
+    for one in found.get("kinds", []):
+        median, low, high = one["ratio"]
+        note = "left in fp32" if high < 1 else "" if low > 1 else "no difference"
+        rows.append([one["name"], f"{len(one['layers'])}", f"{median:.3f} [{low:.3f}, {high:.3f}]", note])
     return rows
 
 

@@ -315,6 +315,9 @@ def _precision(found: Mapping[str, Any] | None) -> str:
             lines = [[*line, f"{len(off[i])}" if i < len(off) else ""] for i, line in enumerate(lines)]
         head = ["evaluation", *(title for title, _ in ways), *(["left in float32 for --max-error"] if any(off) else [])]
         parts.append(table(head, lines, numeric=1, caption="Relative error against float32"))
+    if kinds := inspection.kind_rows(found):
+        title = f"Time of an evaluation in {found['engine']}, by kind of layer, over that with all quantised"
+        parts.append(table(inspection.KINDS, kinds, numeric=1, caption=title))
     loudest = sorted(found.get("sensitivity", []), key=lambda row: max(row["errors"]), reverse=True)[:SENSITIVE]
     if loudest:
         rows = [[row["layer"], *(f"{error:.1e}" for error in row["errors"]), f"{row['work']:.1%}"] for row in loudest]

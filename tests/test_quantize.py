@@ -27,6 +27,7 @@ from mteo_deploy.exporters.passes.runner import run_passes
 from mteo_deploy.exporters.running import Graphs
 from mteo_deploy.exporters.search import order, search
 from mteo_deploy.exporters.sensitivity import Sensitivity, Switchboard, group, sensitivity, work_shares
+from mteo_deploy.exporters.timing import Kind
 from mteo_deploy.page import page
 from mteo_deploy.sampler import Sampler
 from mteo_deploy.verification import verify
@@ -232,6 +233,17 @@ def test_search_takes_what_helps_most_for_its_work() -> None:
     assert search(found, ["b"], nothing, error) == [{"a", "c"}] * 2
     with pytest.raises(InputError, match="expected a --max-error that some quantised layer meets; found 1e-06"):
         search(found, ["a", "b", "c"], 1e-6, error)
+
+
+def test_time_takes_the_place_of_work_where_it_was_measured() -> None:
+    """Layers alike share the time that they save by their work; what saves none goes first."""
+    errors = {"a": [0.1], "b": [0.1], "c": [0.1]}
+    kinds = [Kind("Conv", ["a", "b"], (1.3, 1.2, 1.4)), Kind("MatMul", ["c"], (1.01, 0.99, 1.02))]
+    found = Sensitivity({name: [name] for name in errors}, errors, {"a": 0.1, "b": 0.2, "c": 0.7}, kinds)
+    assert found.gain("a") == pytest.approx(0.1) and found.gain("b") == pytest.approx(0.2) and found.gain("c") == 0
+    assert [name for name, _ in order(found)] == ["c", "a", "b"] and found.slow() == []
+    slow = Sensitivity(found.groups, errors, found.work, [Kind("Conv", ["a", "b"], (0.9, 0.8, 0.99)), kinds[1]])
+    assert slow.slow() == ["a", "b"]
 
 
 def test_many_layers_are_measured_by_module() -> None:

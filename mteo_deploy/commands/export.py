@@ -20,8 +20,7 @@ from mteo_deploy.commands.common import (
     split_names,
     verb,
 )
-from mteo_deploy.errors import InputError
-from mteo_deploy.inspection import TRIED, layer_fates, tried_rows
+from mteo_deploy.inspection import KINDS, TRIED, kind_rows, layer_fates, tried_rows
 
 
 @click.command()
@@ -41,7 +40,7 @@ from mteo_deploy.inspection import TRIED, layer_fates, tried_rows
 @click.option(
     "--precision", help="Types in the graphs: fp32, fp16, bf16, int8, fp8, int4 or auto [default: the set's own, or fp32]."
 )
-@click.option("--engine", help="With --precision auto: the engine to measure in [default: the fastest one installed].")
+@click.option("--engine", help="Measure in it: which precision is fastest (auto), which layers gain (int8, fp8).")
 @click.option("--keep", metavar="PATTERNS", help="Layers left in fp32, by comma: conv_in,*.attn1.* [default: by sensitivity].")
 @click.option(
     "--calibration", default=16, show_default=True, help="Images whose trajectories int8 and fp8 scales are chosen on."
@@ -95,10 +94,8 @@ def export(
     common: dict[str, Any] = {**options, "passes": split_names(passes), "quiet": quiet or as_json}
     if precision == AUTO:
         bundle = export_fastest(output, engine=engine or AUTO, **common)
-    elif engine is not None:
-        raise InputError(f"expected --engine with --precision auto only; found {precision}; `build` takes the engine otherwise")
     else:
-        bundle = run(output, precision=precision, **common)
+        bundle = run(output, precision=precision, engine=engine, **common)
     compiler = bundle.manifest["compiler"]
     if as_json:
         emit({"bundle": str(output), "seconds": bundle.manifest["export_seconds"], "compiler": compiler})
@@ -121,6 +118,8 @@ def export(
     click.echo(f"sites: {_sites_line(compiler['sites'])}")
     for line in precision_lines(compiler.get("precision", {})):
         click.echo(line)
+    if kinds := kind_rows(compiler.get("precision", {})):
+        show_table("", list(KINDS), kinds)
     if tried := compiler.get("auto"):
         show_table("", list(TRIED), tried_rows(tried))
     refused = [f"{graph['graph']}: {problem}" for graph in compiler["graphs"] for problem in graph["tensorrt"]]
@@ -133,7 +132,16 @@ def export(
     )
     for part, why in bundle.manifest["left_out"].items():
         click.echo(f"no {part} in the bundle: {why}")
-    click.echo(f"next: mteo-deploy build {output}")
+    click.echo(f"next: mteo-deploy build {output}{_as_measured(compiler)}")
+
+
+def _as_measured(compiler: dict[str, Any]) -> str:
+    """Options of ``build`` for the engine, and what it may compute in, that a precision was chosen in."""
+    if found := compiler.get("auto"):
+        chosen = found["tried"][found["chosen"]]
+        return f" --engine {chosen['engine']}" + ("" if chosen["hint"] == "fp32" else f" --precision {chosen['hint']}")
+    engine = compiler.get("precision", {}).get("engine")
+    return f" --engine {engine}" if engine else ""
 
 
 def precision_lines(found: dict[str, Any]) -> list[str]:
