@@ -66,6 +66,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "teacher: twice the evaluations": {"teacher_evaluations": 72},
     "one vector, learned both": {"share": "step", "learn": ("points", "coefficients")},
     "one time, learned both": {"share": "time", "learn": ("points", "coefficients")},
+    "pseudo-Huber, learned both": {"loss": "pseudo-huber", "learn": ("points", "coefficients")},
+    "DPM-Solver++ 2M, pseudo-Huber": {"solver": "dpmpp-2m", "loss": "pseudo-huber"},
     "iPNDM-2, learned both": {"solver": "ipndm-2", "learn": ("points", "coefficients")},
 }
 """Name -> what differs from the defaults; ``lr`` and ``trajectories`` as factors on those."""

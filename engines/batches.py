@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mteo_deploy.engines.base import Session
-from mteo_deploy.engines.device import Values, device_of
+from mteo_deploy.engines.device import Values, closed, device_of
 
 SHARED = ("timestep", "evaluation", "table")
 """Inputs that are the same for all images of a batch."""
+MOST = 4
+"""Sizes that a graph is made for without being told any."""
 
 
 class BatchSizes:
@@ -51,3 +54,41 @@ class BatchSizes:
     def close(self) -> None:
         for session in self.sessions.values():
             session.close()
+
+
+class SizesAsTheyCome:
+    """A graph made for each number of images when it first comes, and for any number once there are :data:`MOST` of them.
+
+    Each holds the weights; a graph for one image is made at once.
+
+    Args:
+        open_for: makes the graph for a number of images; None: for any.
+    """
+
+    def __init__(self, open_for: Callable[[int | None], Session]) -> None:
+        self._open_for, self._lock, self._closed = open_for, threading.Lock(), False
+        self._sessions: dict[int | None, Session] = {1: open_for(1)}
+
+    def run(self, feeds: Values) -> list[Any]:
+        count = next((len(values) for name, values in feeds.items() if name not in SHARED), 1)
+        return self._session(count).run(feeds)
+
+    def _session(self, count: int) -> Session:
+        with self._lock:
+            if self._closed:
+                raise closed()
+            size = count if count in self._sessions or len(self._sessions) < MOST else None
+            if size not in self._sessions:
+                self._sessions[size] = self._open_for(size)
+            return self._sessions[size]
+
+    def save(self, directory: Path, graph: str) -> None:
+        """Those that were made; others are made again where they are wanted."""
+        for session in self._sessions.values():
+            session.save(directory, graph)
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            for session in self._sessions.values():
+                session.close()

@@ -1,8 +1,8 @@
 """OpenVINO: compiled graphs on the CPU, in fp32 or bf16.
 
-A compiled graph is a file of the built engine: opening it takes a fraction of the time that compiling takes. Without
-batch sizes the graphs stay dynamic; with ``batch`` each size is compiled for itself, since the CPU plugin plans memory and
-layouts better when it knows every shape.
+A compiled graph is a file of the built engine: opening it takes a fraction of the time that compiling takes. The CPU plugin
+plans memory, layouts and fusions better when it knows every shape, so each batch size is compiled for itself: those of
+``batch``, or, without, each as it comes, a few at most.
 
 OpenVINO computes in bf16 by its own choice where the processor can. Precision is never left to it here.
 """
@@ -17,7 +17,7 @@ from typing import Any
 
 from mteo_deploy.bundle import Bundle
 from mteo_deploy.engines.base import ON_OFF, Layer, Option, Session
-from mteo_deploy.engines.batches import SHARED, BatchSizes
+from mteo_deploy.engines.batches import SHARED, BatchSizes, SizesAsTheyCome
 from mteo_deploy.engines.device import Values, closed
 from mteo_deploy.engines.options import of
 from mteo_deploy.errors import EngineError, MissingPackageError
@@ -138,7 +138,11 @@ class OpenVinoBackend:
             return OpenVinoSession(compiled, size)
 
         sizes = options.get("batch")
-        return BatchSizes({size: session(size) for size in sizes}) if sizes else session(None)
+        if sizes:
+            return BatchSizes({size: session(size) for size in sizes})
+        if bundle.manifest.get("batch", "dynamic") != "dynamic":
+            return session(None)
+        return SizesAsTheyCome(session)
 
     def profile(
         self, bundle: Bundle, graph: str, device: str, options: Mapping[str, Any], batch: int, built: Path | None = None
@@ -147,7 +151,7 @@ class OpenVinoBackend:
         sizes = options.get("batch")
         if sizes and batch not in sizes:
             raise EngineError(f"expected --batch out of the sizes openvino was built for, {sizes}; found {batch}")
-        size = batch if sizes else None
+        size = batch if bundle.manifest.get("batch", "dynamic") == "dynamic" else None
         compiled = self._compiled(core, bundle, graph, DEVICES[device], {**config, "PERF_COUNT": "YES"}, size, None)
         return OpenVinoProfiledSession(compiled, size)
 

@@ -15,6 +15,8 @@ from helpers import altered, relative
 
 from mteo_deploy.bundle import Bundle
 from mteo_deploy.engines import cache
+from mteo_deploy.engines.base import Session
+from mteo_deploy.engines.batches import SizesAsTheyCome
 from mteo_deploy.engines.build import build
 from mteo_deploy.errors import BundleError, EngineError, InputError
 from mteo_deploy.numerics import TOLERANCE
@@ -48,6 +50,27 @@ def test_same_images(realisation: str, batch: tuple[int, ...], tiny_history_bund
             assert relative(found, expected) < 1e-4
 
 
+def test_sizes_as_they_come(tiny_bundle: Path, tmp_path: Path) -> None:
+    """Each size has a graph of its own until there are enough, then one takes the rest; none is made twice."""
+    bundle, made = Bundle.open(tiny_bundle), list[int | None]()
+
+    def opened(size: int | None) -> Session:
+        made.append(size)
+        return BACKEND.open(bundle, "graphs/step_00.onnx", "cpu", {"threads": 1, **({"batch": [size]} if size else {})})
+
+    sizes = SizesAsTheyCome(opened)
+    noise = noise_for(bundle.sample_shape, 0, range(7))
+    expected = sizes.run({"state": noise})[0]
+    for size in (1, 2, 3, 5, 6, 2, 7):
+        assert relative(sizes.run({"state": noise[:size]})[0], expected[:size]) < 1e-5
+    assert made == [1, 7, 2, 3, None]
+    sizes.save(tmp_path, "graphs/step_00.onnx")
+    assert {path.name for path in tmp_path.iterdir()} >= {f"step_00-{size}.blob" for size in (1, 2, 3, 7)}
+    sizes.close()
+    with pytest.raises(EngineError, match="found one that was closed"):
+        sizes.run({"state": noise})
+
+
 def test_states_are_not_overwritten(built: Path) -> None:
     """A later run leaves what an earlier one returned alone."""
     sampler = Sampler.load(built)
@@ -77,7 +100,7 @@ def test_precision_is_the_one_asked_for(precision: str, tiny_bundle: Path, tmp_p
 
 def test_only_what_was_chosen_is_stored(built: Path) -> None:
     (directory,) = (built / "engines").iterdir()
-    assert {path.name for path in directory.iterdir()} == {"conditioned.blob", "table.blob", "engine.json"}
+    assert {path.name for path in directory.iterdir()} == {"conditioned-1.blob", "table-1.blob", "engine.json"}
     sampler = Sampler.load(built, realisation="baked")  # compiled when opened
     assert sampler(num=1).shape == (1, 1, 8, 8)
 
@@ -85,14 +108,14 @@ def test_only_what_was_chosen_is_stored(built: Path) -> None:
 def test_altered_file_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
     path = altered(tiny_bundle, tmp_path / "bundle")
     directory = build(path, realisation="fused", **QUICK)
-    (directory / "fused.blob").write_bytes(b"")
+    (directory / "fused-1.blob").write_bytes(b"")
     with pytest.raises(BundleError, match=r"its files were altered.*mteo-deploy build .*--threads 1"):
         Sampler.load(path)
 
 
 def test_file_that_is_none(tiny_bundle: Path, tmp_path: Path) -> None:
-    (tmp_path / "step_00.blob").write_bytes(b"no engine at all")
-    with pytest.raises(EngineError, match=r"could not open .*step_00\.blob; build again"):
+    (tmp_path / "step_00-1.blob").write_bytes(b"no engine at all")
+    with pytest.raises(EngineError, match=r"could not open .*step_00-1\.blob; build again"):
         BACKEND.open(Bundle.open(tiny_bundle), "graphs/step_00.onnx", "cpu", {}, tmp_path)
 
 
