@@ -124,7 +124,7 @@ def test_resumed_run_is_the_uninterrupted_run(
     assert same(EmbeddingSet.load(path), whole) and resumed.plan == whole.plan
 
 
-@pytest.mark.parametrize("options", [{"lr": 0.01}, {"loss": "pseudo-huber"}, {"learn": ("points",)}], ids=str)
+@pytest.mark.parametrize("options", [{"lr": 0.01}, {"loss": "squared"}, {"learn": ("points",)}], ids=str)
 def test_checkpoint_of_other_arguments_is_not_used(
     options: dict[str, Any], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

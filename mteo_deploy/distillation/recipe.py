@@ -38,7 +38,8 @@ class Recipe:
             ``time``, one number, the time at which the pretrained embedding is taken.
         objective: ``end-to-end``, the loss on the image through all evaluations; ``stepwise``, that of each step from the
             student's own state, through which no gradient goes.
-        loss: ``squared`` error, or ``pseudo-huber`` (Song & Dhariwal 2023, eq. 8).
+        loss: ``pseudo-huber`` (Song & Dhariwal 2023, eq. 8), or ``squared`` error. An image that ends elsewhere
+            pulls with its distance in the first, with the square of it in the second.
         feature_weight: weight of the squared error between features of the images, for ``distill(features=...)``.
         learn: numbers of the plan learned beside the embeddings, out of ``points`` (the time points between first and last)
             and ``coefficients`` (of the solver's updates).
@@ -63,7 +64,7 @@ class Recipe:
     checkpointing: bool = False
     share: str = "none"
     objective: str = "end-to-end"
-    loss: str = "squared"
+    loss: str = "pseudo-huber"
     feature_weight: float = 0.0
     learn: tuple[str, ...] = ()
     precision: str = "fp32"
