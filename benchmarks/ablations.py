@@ -47,7 +47,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "one vector per step": {"share": "step"},
     "one time per step": {"share": "time"},
     "step by step": {"objective": "stepwise"},
-    "pseudo-Huber": {"loss": "pseudo-huber"},
+    "squared error": {"loss": "squared"},
     "learned coefficients": {"learn": ("coefficients",)},
     "learned points": {"learn": ("points",)},
     "learned both": {"learn": ("points", "coefficients")},
@@ -66,8 +66,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "teacher: twice the evaluations": {"teacher_evaluations": 72},
     "one vector, learned both": {"share": "step", "learn": ("points", "coefficients")},
     "one time, learned both": {"share": "time", "learn": ("points", "coefficients")},
-    "pseudo-Huber, learned both": {"loss": "pseudo-huber", "learn": ("points", "coefficients")},
-    "DPM-Solver++ 2M, pseudo-Huber": {"solver": "dpmpp-2m", "loss": "pseudo-huber"},
+    "squared error, learned both": {"loss": "squared", "learn": ("points", "coefficients")},
+    "squared error, DPM-Solver++ 2M": {"solver": "dpmpp-2m", "loss": "squared"},
     "iPNDM-2, learned both": {"solver": "ipndm-2", "learn": ("points", "coefficients")},
 }
 """Name -> what differs from the defaults; ``lr`` and ``trajectories`` as factors on those."""

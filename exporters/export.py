@@ -221,7 +221,7 @@ def _choose(
     elif embeddings is not None:
         chosen = EmbeddingSet.load(embeddings)
     elif adapter.pipeline is not None and assets.embedding_sets(adapter.pipeline):
-        chosen = EmbeddingSet.load(assets.embeddings(4 if steps is None else steps, solver or "euler", adapter.pipeline))
+        chosen = EmbeddingSet.load(assets.embeddings(4 if steps is None else steps, solver, adapter.pipeline))
     else:
         raise InputError(
             f"expected an embedding set for {model}; pass --embeddings FILE, make one with: mteo-deploy distill --model "
@@ -294,7 +294,7 @@ def export(
             the packaged backbone.
         embeddings: embedding set or its file; None for the packaged set of ``steps`` and ``solver``.
         steps: step count; None for the set's own (4 for the packaged sets).
-        solver: which packaged set, or the plain solver; None for the set's own (Euler for the packaged sets).
+        solver: which packaged set, or the plain solver; None for the set that there is, or plain Euler.
         schedule: of the plain solver's time points; None for the backbone's default.
         plain: use the pretrained embeddings unchanged (the plain solver).
         guidance_scale: of classifier-free guidance, where a request names no other; None for what the embedding set was learned
@@ -349,7 +349,7 @@ def export(
     if isinstance(embeddings, str):
         embeddings = Path(embeddings)
     if model is None and embeddings is None and not plain:
-        assets.embeddings(4 if steps is None else steps, solver or "euler")  # a clear error before the model is loaded
+        assets.embeddings(4 if steps is None else steps, solver)  # a clear error before the model is loaded
     adapter = model if isinstance(model, Adapter) else load_backbone(assets.MODEL if model is None else model)
     name = adapter.source if isinstance(model, Adapter) else model
     chosen = _choose(name, embeddings, steps, solver, schedule, plain, adapter)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from helpers import altered, edit_json
 
+from mteo_deploy import assets
 from mteo_deploy.bundle import MANIFEST, SCHEMA, Bundle, sha256_file, whole_directory
 from mteo_deploy.embeddings import EmbeddingSet
 from mteo_deploy.errors import BundleError, InputError
@@ -225,8 +226,20 @@ def test_steps_out_of_range(steps: int, tmp_path: Path) -> None:
 
 
 def test_step_count_without_a_packaged_set(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"--steps 7 --solver euler in mnist; found .*euler-4, .*distill --steps 7"):
+    with pytest.raises(InputError, match=r"--steps 7 in mnist; found .*euler-4, .*distill --steps 7 -o"):
         export(tmp_path / "b", steps=7, quiet=True)
+
+
+def test_which_set_of_a_directory(tmp_path: Path) -> None:
+    """The one there is of a step count, Euler's of several, or the one asked for."""
+    (tmp_path / "embeddings").mkdir()
+    for name in ("dpmpp-2m-5", "dpmpp-2m-4", "euler-4", "euler-14"):
+        (tmp_path / "embeddings" / f"{name}.safetensors").touch()
+    assert assets.embeddings(5, model=tmp_path).stem == "dpmpp-2m-5"
+    assert assets.embeddings(4, model=tmp_path).stem == assets.embeddings(4, "ddim", tmp_path).stem == "euler-4"
+    assert assets.embeddings(4, "dpmpp-2m", tmp_path).stem == "dpmpp-2m-4"
+    with pytest.raises(InputError, match="for --steps 5 --solver euler in"):
+        assets.embeddings(5, "euler", tmp_path)
 
 
 def test_model_without_a_set_names_both_ways_out(tiny_model: Path, tmp_path: Path) -> None:

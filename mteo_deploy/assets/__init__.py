@@ -24,20 +24,27 @@ def embedding_sets(model: Path = MODEL) -> dict[str, Path]:
     return {path.stem: path for path in sorted((model / "embeddings").glob("*.safetensors")) if "." not in path.stem}
 
 
-def embeddings(steps: int, solver: str = "euler", model: Path = MODEL) -> Path:
+def embeddings(steps: int, solver: str | None = None, model: Path = MODEL) -> Path:
     """The set for a step count, of those in a backbone's directory.
+
+    Args:
+        solver: None for the one there is; Euler's, where there are several.
 
     Raises:
         InputError: naming the sets that exist and how to make another.
     """
-    sets, wanted = embedding_sets(model), f"{canonical(solver)}-{steps}"
     if steps < 1:
         raise InputError(f"expected --steps of 1 or more; found {steps}")
-    if wanted not in sets:
+    sets = embedding_sets(model)
+    wanted = [f"{canonical(solver or 'euler')}-{steps}"]
+    if solver is None:
+        wanted += [name for name in sets if name.endswith(f"-{steps}")]
+    found = next((sets[name] for name in wanted if name in sets), None)
+    if found is None:
         of = "" if model == MODEL else f"--model {model.name if model in backbones().values() else model} "
+        asked = f"--steps {steps}" + ("" if solver is None else f" --solver {solver}")
         raise InputError(
-            f"expected an embedding set for --steps {steps} --solver {solver} in {model.name}; found "
-            f"{', '.join(sets) or 'none'}; make one with: mteo-deploy distill {of}--steps {steps} --solver {solver} "
-            "-o embeddings.safetensors"
+            f"expected an embedding set for {asked} in {model.name}; found {', '.join(sets) or 'none'}; make one with: "
+            f"mteo-deploy distill {of}{asked} -o embeddings.safetensors"
         )
-    return sets[wanted]
+    return found

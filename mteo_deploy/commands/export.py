@@ -25,7 +25,7 @@ from mteo_deploy.inspection import KINDS, TRIED, kind_rows, layer_fates, tried_r
 
 @click.command()
 @click.option("--steps", type=int, help="Step count [default: the embedding set's own; 4 for the packaged ones].")
-@click.option("--solver", help="Which packaged set, or the plain solver [default: the set's own; euler].")
+@click.option("--solver", help="Which packaged set, or the plain solver [default: the set that there is; euler].")
 @backbone_options
 @click.option("--embeddings", type=PATH, help="Embedding set made by distill [default: the packaged one].")
 @click.option("--plain", is_flag=True, help="Pretrained embeddings, nothing learned: the plain solver.")
