@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import Any
 
 from mteo_deploy.engines.base import Backend
-from mteo_deploy.errors import InputError, MissingPackageError, MteoError
+from mteo_deploy.errors import EngineError, InputError, MissingPackageError, MteoError
 
 AUTO = "auto"
 BACKENDS = {
@@ -46,6 +46,20 @@ def installed() -> list[Backend]:
         extras = " or ".join(f"'mteo-deploy[{one.extra}]'" for one in map(backend, BACKENDS))
         raise MissingPackageError(f"no engine is installed; run: pip install {extras}; mteo-deploy doctor says more")
     return found
+
+
+def best_device(target: Backend) -> str:
+    """The fastest device that an engine can use here.
+
+    Raises:
+        MissingPackageError: when its package is not installed.
+        EngineError: when there is none.
+    """
+    target.version()  # a missing package is said before a missing device
+    devices = target.devices()
+    if not devices:
+        raise EngineError(f"expected a device that {target.name} can use; found none here; mteo-deploy doctor says more")
+    return devices[0]
 
 
 def doctor() -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from mteo_deploy import latency
 from mteo_deploy.bundle import Bundle, whole_directory
-from mteo_deploy.engines import AUTO, backend, cache, installed
+from mteo_deploy.engines import AUTO, backend, best_device, cache, installed
 from mteo_deploy.engines.base import Backend, Session
 from mteo_deploy.engines.options import read
 from mteo_deploy.errors import EngineError, InputError, MteoError
@@ -125,11 +125,8 @@ def _candidate(
     report: Reporter,
 ) -> Candidate:
     """Open a bundle's realisations in one engine, check that they give finite values, and time them."""
-    target.version()  # a missing package is said before a missing device
-    devices = target.devices()
-    if not devices:
-        raise EngineError(f"expected a device that {target.name} can use; found none here; mteo-deploy doctor says more")
-    found = Candidate(target, device or devices[0], options)
+    best = best_device(target)
+    found = Candidate(target, device or best, options)
     _check_types(bundle, found)
     task = report.task(f"building {target.name}", len(names) + 2)
     for name in names:

@@ -20,9 +20,8 @@ import onnx_ir as ir
 
 from mteo_deploy import latency
 from mteo_deploy.bundle import Bundle
-from mteo_deploy.engines import backend
+from mteo_deploy.engines import backend, best_device
 from mteo_deploy.engines.base import Session
-from mteo_deploy.errors import EngineError
 from mteo_deploy.exporters.passes.layers import Layer, layers_of
 from mteo_deploy.exporters.passes.quantize import Format, Quantize, declined
 from mteo_deploy.exporters.passes.shapes import infer_shapes
@@ -143,10 +142,7 @@ def kind_of(layer: Layer) -> str:
 def _opener(engine: str, batches: Sequence[int]) -> Iterator[Any]:
     """Opens graphs in an engine, as ``build`` would; their files go with the block."""
     target = backend(engine)
-    target.version()  # a missing package is said before a missing device
-    devices = target.devices()
-    if not devices:
-        raise EngineError(f"expected a device that {engine} can use; found none here; mteo-deploy doctor says more")
+    device = best_device(target)
     options = {"batch": list(batches)} if batches else {}
     with tempfile.TemporaryDirectory(prefix="mteo-deploy-timing-", ignore_cleanup_errors=True) as name:
         loose, weights = Bundle(Path(name), {}), WeightFile(Path(name, "weights.bin"))
@@ -155,6 +151,6 @@ def _opener(engine: str, batches: Sequence[int]) -> Iterator[Any]:
             Share(weights)(model)
             file = f"graph_{len(list(loose.path.glob('*.onnx')))}.onnx"
             ir.save(model, loose.path / file)
-            return target.open(loose, file, devices[0], options)
+            return target.open(loose, file, device, options)
 
         yield opened

@@ -99,7 +99,7 @@ def test_engines_that_cannot_be_measured(token_model: Path, tmp_path: Path, monk
         export(engine="tvm", **made)
     with pytest.raises(InputError, match="expected --engine with --precision int8, fp8 or auto"):
         export(engine="openvino", **{**made, "precision": "fp16"})
-    absent = SimpleNamespace(version=lambda: "1", devices=list)
+    absent = SimpleNamespace(name="openvino", version=lambda: "1", devices=list)
     monkeypatch.setattr(timing, "backend", lambda name: absent)
     with pytest.raises(EngineError, match="expected a device that openvino can use"):
         export(engine="openvino", **made)
