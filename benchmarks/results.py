@@ -4,8 +4,8 @@ Every sampler starts from the same noise, runs on the same frozen backbone in ON
 features: plain solvers (all of them, screened on fewer images; the best of each count goes on), the neighbours of
 `neighbours.py`, MTEO (on every solver that there is a set for, screened in the same way), and the reference trajectory. A
 figure is a line of OUTPUT/figures.jsonl, so a stopped run loses at most one, and another machine can go on with the file;
-it names the backbone and the classifier that it is of. Bundles, neighbours and reference images are kept under WORK and not
-made again.
+it names the backbone, the classifier and the embedding set that it is of. Bundles, neighbours and reference images are kept
+under WORK and not made again.
 
     python benchmarks/results.py DATA --work runs/results -o docs/results      # DATA/mnist_train.npz, DATA/mnist_test.npz
 """
@@ -52,7 +52,11 @@ DDIM = (10, 20)
 
 @dataclass(frozen=True)
 class Way:
-    """One way to images: ``method`` with ``detail`` (which solver), at a number of evaluations."""
+    """One way to images: ``method`` with ``detail`` (which solver), at a number of evaluations.
+
+    Attributes:
+        embeddings: which set, by the beginning of its SHA-256; empty where there is none.
+    """
 
     method: str
     detail: str
@@ -60,6 +64,7 @@ class Way:
     draw: Draw
     learned: int = 0
     seconds: float | None = None
+    embeddings: str = ""
 
 
 class Figures:
@@ -125,9 +130,10 @@ class Laboratory:
         return {"euler": path}
 
     def bundle(self, count: int, solver: str) -> Path:
-        path = self.args.work / "bundles" / f"{solver}-{count}"
+        embeddings = self.sets(count)[solver]
+        path = self.args.work / "bundles" / f"{solver}-{count}-{sha256_file(embeddings)[:12]}"
         if not path.exists():
-            export(path, model=self.args.model, embeddings=self.sets(count)[solver], realisations=("table",), quiet=True)
+            export(path, model=self.args.model, embeddings=embeddings, realisations=("table",), quiet=True)
             build(path, engine="onnxruntime", realisation="table", quiet=True)
         return path
 
@@ -178,7 +184,8 @@ class Laboratory:
         """On every solver that there is a set for."""
         for solver, path in self.sets(count).items():
             sampler, found = Sampler.load(self.bundle(count, solver)), EmbeddingSet.load(path)
-            yield Way("MTEO", solver, count, sampler.image, found.parameters, found.training["seconds"])
+            learned, seconds = found.parameters, found.training["seconds"]
+            yield Way("MTEO", solver, count, sampler.image, learned, seconds, sha256_file(path)[:12])
 
     def neighbour(self, method: str, count: int) -> Way:
         """The better of Euler and iPNDM below it, by the loss it was trained to; learned once."""
@@ -238,6 +245,7 @@ class Laboratory:
     def measure(self, way: Way, seed: int, num: int) -> dict[str, Any]:
         """Fréchet distance, share named above 0.9 and squared error; taken from the file where it stands there."""
         key = {"method": way.method, "detail": way.detail, "evaluations": way.evaluations, "seed": seed, "num": num}
+        key |= {"embeddings": way.embeddings} if way.embeddings else {}
         if (found := self.figures.find(**key)) is not None:
             return found
         clock = time.monotonic()
