@@ -329,7 +329,7 @@ def export(
         InputError: for a model that is not supported, an embedding set that does not fit, axes that cannot be open, or a
             precision that the backbone has no layers for.
         MissingPackageError: for int8 and fp8 without ONNX Runtime, which calibrates, or without the engine's package.
-        EngineError: for an ``engine`` that does not take the graphs, or does not time their layers.
+        EngineError: for an ``engine`` that does not take the graphs.
     """
     output = Path(output)
     dump = output.with_name(f"{output.name}.after-{dump_after}") if dump_after else None
