@@ -268,7 +268,7 @@ class Laboratory:
             yield self.best(self.plain(count))
             yield Way("plain Euler", "euler", count, self._plan(self.adapter.compile_plan(count)))
             yield self.best(self.mteo(count))
-            for method in self.args.neighbours:
+            for method in self.args.neighbours if count in self.args.neighbour_counts else ():
                 yield self.neighbour(method, count)
 
 
@@ -283,12 +283,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the noise")
     parser.add_argument("--num", type=int, default=10_000, help="images for each way and seed")
     parser.add_argument("--neighbours", nargs="*", choices=list(METHODS), default=list(METHODS), metavar="NAME")
+    parser.add_argument("--neighbour-counts", type=int, nargs="+", help="where they are compared [default: everywhere]")
     parser.add_argument("--screen", type=int, default=1_000, help="images on which plain solvers are screened")
     parser.add_argument("--batch", type=int, default=250)
     parser.add_argument("--trajectories", type=int, default=1024, help="reference trajectories to learn from")
     parser.add_argument("--iterations", type=int, default=400, help="of MTEO, where no set is packaged")
     parser.add_argument("--neighbour-iterations", type=int, default=120)
     args = parser.parse_args()
+    args.neighbour_counts = args.neighbour_counts or args.counts
     for name in ("mnist_train.npz", "mnist_test.npz"):
         if not (args.data / name).is_file():
             parser.error(f"expected {name} in {args.data}, arrays images uint8 [n, 28, 28] and labels uint8 [n]; found none")

@@ -46,6 +46,15 @@ def methods(rows: Rows) -> list[str]:
     return [name for name in ORDER if name in present]
 
 
+def there(rows: Rows, count: int) -> list[str]:
+    """Methods that have a figure at a count: neighbours may be compared at a few."""
+    return [name for name in methods(rows) if of(rows, name, count)]
+
+
+def nearest(rows: Rows, count: int) -> str:
+    return min(there(rows, count), key=lambda name: mean(of(rows, name, count), "frechet"))
+
+
 def closed(rows: Rows, method: str, count: int) -> float | None:
     """Share of the distance between plain Euler and the reference trajectory that a method removes."""
     plain, found, reference = (of(rows, "plain Euler", count), of(rows, method, count), of(rows, "reference"))
@@ -58,20 +67,18 @@ def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 def frechet_table(rows: Rows) -> str:
     """A line for each method, a column for each count; the lowest of a column in bold."""
-    numbers = counts(rows)
-    best = {n: min(mean(of(rows, name, n), "frechet") for name in methods(rows)) for n in numbers}
 
     def cell(name: str, n: int) -> str:
         text = spread(of(rows, name, n), "frechet", ".2f")
-        return f"**{text}**" if mean(of(rows, name, n), "frechet") == best[n] else text
+        return f"**{text}**" if name == nearest(rows, n) else text
 
-    lines = [[LABELS.get(name, name), *(cell(name, n) for n in numbers)] for name in methods(rows)]
-    return table(["Fréchet distance at evaluations", *map(str, numbers)], lines)
+    return simple_table(rows, "Fréchet distance at evaluations", cell, methods(rows))
 
 
 def simple_table(rows: Rows, title: str, cell: Any, names: Sequence[str]) -> str:
     numbers = counts(rows)
-    return table([title, *map(str, numbers)], [[LABELS.get(name, name), *(cell(name, n) for n in numbers)] for name in names])
+    lines = [[LABELS.get(name, name), *(cell(name, n) if of(rows, name, n) else "" for n in numbers)] for name in names]
+    return table([title, *map(str, numbers)], lines)
 
 
 def error_table(rows: Rows) -> str:
@@ -99,7 +106,7 @@ def cost_table(rows: Rows) -> str:
 def findings(rows: Rows) -> list[str]:
     """What the goals ask, answered by the figures."""
     few = [n for n in counts(rows) if n <= 6]
-    first = [n for n in few if min(methods(rows), key=lambda name: mean(of(rows, name, n), "frechet")) == "MTEO"]
+    first = [n for n in few if nearest(rows, n) == "MTEO"]
     lines = [f"MTEO is first at {', '.join(map(str, first)) or 'none'} of {', '.join(map(str, few))} evaluations."]
     for row in {row["evaluations"]: row for row in of(rows, "DDIM")}.values():
         ddim = mean(of(rows, "DDIM", row["evaluations"]), "frechet")
@@ -126,9 +133,10 @@ def plot(rows: Rows, path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
     numbers = counts(rows)
     for name in methods(rows):
-        values = np.array([[row["frechet"] for row in of(rows, name, n)] for n in numbers])
-        line = axes.plot(numbers, values.mean(1), marker="o", label=LABELS.get(name, name), lw=2.5 if name == "MTEO" else 1.3)
-        axes.fill_between(numbers, values.min(1), values.max(1), color=line[0].get_color(), alpha=0.2, lw=0)
+        at = [n for n in numbers if of(rows, name, n)]
+        values = np.array([[row["frechet"] for row in of(rows, name, n)] for n in at])
+        line = axes.plot(at, values.mean(1), marker="o", label=LABELS.get(name, name), lw=2.5 if name == "MTEO" else 1.3)
+        axes.fill_between(at, values.min(1), values.max(1), color=line[0].get_color(), alpha=0.2, lw=0)
     reference = of(rows, "reference")
     axes.axhline(mean(reference, "frechet"), color="0.4", ls="--", lw=1)
     axes.annotate(f"reference trajectory ({reference[0]['evaluations']})", (numbers[0], mean(reference, "frechet")),

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import tempfile
+import weakref
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -53,11 +54,12 @@ class Altered:
                     values = numpy_helper.to_array(tensor).copy()
                     values.flat[0] += self.more
                     tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
-        with tempfile.TemporaryDirectory() as directory:
-            file = Path(directory) / graph
-            file.parent.mkdir()
-            onnx.save(model, file)
-            return self.backend.open(Bundle(Path(directory), bundle.manifest), graph, device, options)
+        directory = Path(tempfile.mkdtemp())  # as long as the backend: sessions read their graph again
+        weakref.finalize(self, shutil.rmtree, directory, ignore_errors=True)
+        file = directory / graph
+        file.parent.mkdir()
+        onnx.save(model, file)
+        return self.backend.open(Bundle(directory, bundle.manifest), graph, device, options)
 
 
 def planted(path: Path, constant: str, hide: Collection[str] = (), more: float = 1.0, **arguments: Any) -> Sampler:

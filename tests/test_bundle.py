@@ -226,7 +226,7 @@ def test_steps_out_of_range(steps: int, tmp_path: Path) -> None:
 
 
 def test_step_count_without_a_packaged_set(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"--steps 7 in mnist; found .*euler-4, .*distill --steps 7 -o"):
+    with pytest.raises(InputError, match=r"--steps 7 in mnist; found .*euler-4; .*distill --steps 7 -o"):
         export(tmp_path / "b", steps=7, quiet=True)
 
 

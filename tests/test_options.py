@@ -102,12 +102,17 @@ def test_onnxruntime_gets_them(given: dict[str, str], entries: dict[str, str], l
             settings.get_session_config_entry("session.force_spinning_stop")
 
 
+def _compiled(session: Any) -> Any:
+    """OpenVINO's graph for one image."""
+    return session._sessions[1]._compiled
+
+
 def test_openvino_gets_them(tiny_bundle: Path) -> None:
     pytest.importorskip("openvino", reason="the extra openvino is not installed")
 
     def properties(**given: object) -> tuple[str, int, bool]:
         options = {"engine_options": read([backend("openvino")], given)}
-        compiled = backend("openvino").open(Bundle.open(tiny_bundle), GRAPH, "cpu", options)._compiled  # type: ignore[attr-defined]
+        compiled = _compiled(backend("openvino").open(Bundle.open(tiny_bundle), GRAPH, "cpu", options))
         hint, streams = compiled.get_property("PERFORMANCE_HINT"), compiled.get_property("NUM_STREAMS")
         return str(hint).rsplit(".", 1)[-1], int(streams), compiled.get_property("ENABLE_CPU_PINNING")
 
@@ -171,7 +176,7 @@ def test_openvino_opens_a_stored_graph_only_with_its_options(tiny_bundle: Path, 
     for directory in (first, second):
         built = cache.check(Bundle.open(path), directory / "engine.json")
         session = built.backend.open(Bundle.open(path), "graphs/fused.onnx", "cpu", built.options, directory)
-        streams.append(int(session._compiled.get_property("NUM_STREAMS")))  # type: ignore[attr-defined]
+        streams.append(int(_compiled(session).get_property("NUM_STREAMS")))
     assert streams == [2, 1]
     edit_json(second / "engine.json", lambda found: found["parts"]["options"].update(engine_options={"streams": 2}))
     with pytest.raises(BundleError, match="moved from another key"):
