@@ -70,7 +70,7 @@ class SizesAsTheyCome:
         self._sessions: dict[int | None, Session] = {1: open_for(1)}
 
     def run(self, feeds: Values) -> list[Any]:
-        count = next((len(values) for name, values in feeds.items() if name not in SHARED), 1)
+        count = next((values.shape[0] for name, values in feeds.items() if name not in SHARED), 1)
         return self._session(count).run(feeds)
 
     def _session(self, count: int) -> Session:
