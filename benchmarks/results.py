@@ -104,7 +104,8 @@ class Laboratory:
         self.facts["train"] = self._of_training_images()
         made_by = {"backbone": self.adapter.fingerprint()[:12], "classifier": sha256_file(args.classifier)[:12]}
         self.figures = Figures(args.output / "figures.jsonl", made_by)
-        count = min(args.counts)  # any bundle has the graph with ordinary time conditioning
+        # any bundle has the graph with ordinary time conditioning; the reference is that of the fewest steps, whatever is asked
+        count = min((int(name.rpartition("-")[2]) for name in assets.embedding_sets(args.model)), default=min(args.counts))
         self.conditioned = Sampler.load(self.bundle(count, next(iter(self.sets(count)))))
         self._references: dict[int, Array] = {}
 
