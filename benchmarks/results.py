@@ -314,6 +314,7 @@ def main() -> None:
             "seeds": args.seeds[:done],
             **laboratory.figures.made_by,
             "real": laboratory.facts,
+            "budget": f"in {args.neighbour_iterations} iterations of {Budget.batch} out of {args.trajectories:,} trajectories",
             "classifier_test_accuracy": laboratory.classifier.test_accuracy,
         }
         write_page(args.output, rows, strips, context)

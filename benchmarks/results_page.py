@@ -19,7 +19,7 @@ ORDER = ("plain Euler", "plain", "scalar time", "time points", "principal direct
 LABELS = {"plain": "best plain solver"}
 NEIGHBOURS = (
     " The neighbours are written after their papers' ideas in `benchmarks/neighbours.py`; "
-    "each stands on the better of Euler and iPNDM."
+    "each stands on the better of Euler and iPNDM, by the loss it learned with, {budget}."
 )
 
 
@@ -185,7 +185,7 @@ def write_page(
         "Gap closed: of the distance between plain Euler and the reference trajectory. Squared error: of the image against "
         "the reference trajectory's of the same noise. The best plain solver of each count, and the solver below MTEO where "
         f"there are sets for several, is chosen by the Fréchet distance of {context['screen']:,} images."
-        + (NEIGHBOURS if {row["method"] for row in rows} & set(METHODS) else ""),
+        + (NEIGHBOURS.format(**context) if {row["method"] for row in rows} & set(METHODS) else ""),
         f"![Image strips](strips.png)\n\nRows from above: {'; '.join(shown)}. Columns share their noise.",
     ]
     write(output / "README.md", lambda path: path.write_text("\n\n".join(parts) + "\n", encoding="utf-8"))
