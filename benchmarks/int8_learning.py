@@ -26,6 +26,7 @@ from results import CLASSIFIER
 from rich.console import Console
 
 from mteo_deploy import assets
+from mteo_deploy.bundle import sha256_file
 from mteo_deploy.distillation import Recipe, distill
 from mteo_deploy.embeddings import EmbeddingSet
 from mteo_deploy.engines.build import build
@@ -43,19 +44,25 @@ VARIANTS = {
 """What is measured -> which set, and the precision of the graphs; the others are compared with the first."""
 
 
+def packaged_id(count: int) -> str:
+    """Which set a figure is of: another one is another figure."""
+    return sha256_file(assets.embeddings(count))[:12]
+
+
 def embeddings(args: argparse.Namespace, count: int, which: str) -> Path:
-    packaged = assets.embeddings(count, "euler")
+    packaged = assets.embeddings(count)
     if which == "packaged":
         return packaged
-    path: Path = args.work / "sets" / f"{which}-{count}.safetensors"
+    path: Path = args.work / "sets" / f"{which}-{count}-{packaged_id(count)}.safetensors"
     if not path.exists():
         recipe = Recipe(args.trajectories, args.iterations, args.batch, args.lr, precision=which)
-        distill(assets.MODEL, path, steps=count, recipe=recipe, init=packaged)
+        solver = EmbeddingSet.load(packaged).plan.solver
+        distill(assets.MODEL, path, steps=count, solver=solver, recipe=recipe, init=packaged)
     return path
 
 
 def bundle(args: argparse.Namespace, count: int, which: str, precision: str) -> Path:
-    path: Path = args.work / "bundles" / f"{which}-{precision}-{count}"
+    path: Path = args.work / "bundles" / f"{which}-{precision}-{count}-{packaged_id(count)}"
     if not path.exists():
         made = {"precision": precision, "realisations": ("baked",), "quiet": True}
         export(path, embeddings=embeddings(args, count, which), **made)
@@ -102,6 +109,7 @@ def main() -> None:
         exact: Array | None = None
         for variant, (which, precision) in VARIANTS.items():
             key = {"evaluations": count, "variant": variant, "num": args.num, "seed": args.seed, "engine": args.engine}
+            key["embeddings"] = packaged_id(count)
             known = any({**key, "budget": budget}.items() <= row.items() for row in done)
             if known and exact is not None:
                 continue

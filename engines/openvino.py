@@ -100,6 +100,11 @@ def _file(graph: str, size: int | None) -> str:
     return f"{PurePosixPath(graph).stem}{'' if size is None else f'-{size}'}.blob"
 
 
+def _is_open(bundle: Bundle) -> bool:
+    """Whether a bundle's graphs take any number of images; those of no bundle, without a manifest, do."""
+    return bundle.manifest.get("batch", "dynamic") == "dynamic"
+
+
 class OpenVinoBackend:
     name = "openvino"
     extra = "openvino"
@@ -140,9 +145,7 @@ class OpenVinoBackend:
         sizes = options.get("batch")
         if sizes:
             return BatchSizes({size: session(size) for size in sizes})
-        if bundle.manifest.get("batch", "dynamic") != "dynamic":
-            return session(None)
-        return SizesAsTheyCome(session)
+        return SizesAsTheyCome(session) if _is_open(bundle) else session(None)
 
     def profile(
         self, bundle: Bundle, graph: str, device: str, options: Mapping[str, Any], batch: int, built: Path | None = None
@@ -151,7 +154,7 @@ class OpenVinoBackend:
         sizes = options.get("batch")
         if sizes and batch not in sizes:
             raise EngineError(f"expected --batch out of the sizes openvino was built for, {sizes}; found {batch}")
-        size = batch if bundle.manifest.get("batch", "dynamic") == "dynamic" else None
+        size = batch if _is_open(bundle) else None
         compiled = self._compiled(core, bundle, graph, DEVICES[device], {**config, "PERF_COUNT": "YES"}, size, None)
         return OpenVinoProfiledSession(compiled, size)
 
