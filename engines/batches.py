@@ -56,6 +56,11 @@ class BatchSizes:
             session.close()
 
 
+def at_any_size(session: Session, batch: int | str) -> Session:
+    """A session of a graph that was exported for a batch size, or ``dynamic``, run at any."""
+    return session if isinstance(batch, str) else BatchSizes({batch: session})
+
+
 class SizesAsTheyCome:
     """A graph made for each number of images when it first comes, and for any number once there are :data:`MOST` of them.
 

@@ -15,6 +15,7 @@ from mteo_deploy import latency
 from mteo_deploy.bundle import Bundle, whole_directory
 from mteo_deploy.engines import AUTO, backend, best_device, cache, installed
 from mteo_deploy.engines.base import Backend, Session
+from mteo_deploy.engines.batches import at_any_size
 from mteo_deploy.engines.options import read
 from mteo_deploy.errors import EngineError, InputError, MteoError
 from mteo_deploy.precision import HINTS
@@ -25,11 +26,16 @@ from mteo_deploy.sampler import Sampler, noise_for
 
 @dataclass
 class Candidate:
-    """A bundle opened in one engine: its realisations, and the fastest of them."""
+    """A bundle opened in one engine: its realisations, and the fastest of them.
+
+    Attributes:
+        beside: where the graphs that the loop does not run were saved; they are closed again, for they hold the weights too.
+    """
 
     backend: Backend
     device: str
     options: dict[str, Any]
+    beside: Path
     samplers: dict[str, Sampler] = field(default_factory=dict)
     sessions: dict[str, dict[str, Session]] = field(default_factory=dict)
     seconds_to_open: dict[str, float] = field(default_factory=dict)
@@ -39,6 +45,11 @@ class Candidate:
     @property
     def chosen(self) -> Sampler:
         return self.samplers[self.realisation]
+
+    def close(self, keep: str | None = None) -> None:
+        """Close its realisations, but for one."""
+        for name in [name for name in self.samplers if name != keep]:
+            self.samplers.pop(name).close()
 
 
 def build(
@@ -96,51 +107,47 @@ def build(
     options |= {"engine_options": read(targets, engine_options)} if engine_options else {}
     names = list(bundle.realisations) if realisation == AUTO else [realisation]
     size = batch[0] if batch else 1
-    with cache.locked(bundle), reporter(quiet) as report:
+    with cache.locked(bundle), cache.scratch(bundle) as scratch, reporter(quiet) as report:
         candidates, refused = [], {}
         for target in targets:
+            found = Candidate(target, device or best_device(target), options, scratch / target.name)
             try:
-                candidates.append(_candidate(bundle, target, device, options, names, size, seconds, report))
+                _open(bundle, found, names, size, seconds, report)
+                candidates.append(found)
             except MteoError as error:
                 if len(targets) == 1:
                     raise
+                found.close()
                 refused[target.name] = error
         if not candidates:
             raise next(iter(refused.values()))
         best, engines = _fastest(bundle, candidates, size, seconds)
+        for other in candidates:
+            other.close(keep=best.realisation if other is best else None)
         _time_decoder(bundle, best, size, seconds)
         if engine == AUTO and len(targets) > 1:
             best.measured["engines"] = {**engines, "refused": {name: str(error) for name, error in refused.items()}}
         return _save(bundle, best)
 
 
-def _candidate(
-    bundle: Bundle,
-    target: Backend,
-    device: str | None,
-    options: dict[str, Any],
-    names: list[str],
-    size: int,
-    seconds: float,
-    report: Reporter,
-) -> Candidate:
-    """Open a bundle's realisations in one engine, check that they give finite values, and time them."""
-    best = best_device(target)
-    found = Candidate(target, device or best, options)
+def _open(bundle: Bundle, found: Candidate, names: list[str], size: int, seconds: float, report: Reporter) -> None:
+    """Open a bundle's graphs in one engine, check that they give finite values, time the realisations, leave the fastest open.
+
+    What the loop does not run comes first and is closed again: open together, both would hold the weights.
+    """
     _check_types(bundle, found)
-    task = report.task(f"building {target.name}", len(names) + 2)
+    task = report.task(f"building {found.backend.name}", len(names) + 2)
+    _save_beside(bundle, found, report)
+    report.advance(task, 1, "conditioned")
     for name in names:
         found.sessions[name] = {}
         found.samplers[name] = Sampler(bundle, _opener(bundle, found, found.sessions[name], report), name)
         _check_loop(bundle, found.samplers[name])
         report.advance(task, 1, name)
-    _check_conditioned(bundle, found.samplers[names[0]])
-    _check_decoder(bundle, found.samplers[names[0]])
-    _check_text_encoder(bundle, found.samplers[names[0]])
-    report.advance(task, 1, "conditioned")
     found.realisation, found.measured = _choose(bundle, found.samplers, size, seconds)
+    found.close(keep=found.realisation)
+    _check_decoder(bundle, found.chosen)
     report.advance(task, 1, "measuring")
-    return found
 
 
 def _check_types(bundle: Bundle, candidate: Candidate) -> None:
@@ -168,10 +175,9 @@ def _save(bundle: Bundle, built: Candidate) -> Path:
     parts = cache.key_parts(bundle, built.backend, built.device, built.options)
     directory, missed = cache.directory(bundle, parts), cache.missed(bundle, parts)
     with whole_directory(directory, replace=cache.RECORD) as temporary:
-        parts_of = (bundle.manifest["conditioned"], bundle.decoder, bundle.text_encoder)
-        others = [entry["graph"] for entry in parts_of if entry]
-        every = {graph: session for sessions in built.sessions.values() for graph, session in sessions.items()}
-        for graph, session in {**{one: every[one] for one in others}, **built.sessions[built.realisation]}.items():
+        for path in built.beside.iterdir():
+            path.rename(temporary / path.name)
+        for graph, session in built.sessions[built.realisation].items():
             session.save(temporary, graph)
         record = {
             "parts": parts,
@@ -186,13 +192,27 @@ def _save(bundle: Bundle, built: Candidate) -> Path:
     return directory
 
 
-def _check_conditioned(bundle: Bundle, sampler: Sampler) -> None:
-    """The baseline of every comparison opens and gives finite values."""
-    entry = bundle.manifest["conditioned"]
-    feeds = {"state": np.zeros((1, *bundle.sample_shape), np.float32), "timestep": np.zeros(1, np.float32)}
-    outputs = sampler.conditioned_session.run({**feeds, **bundle.reference_requests(1)})
-    if not all(np.isfinite(output).all() for output in outputs):
-        raise EngineError(f"{entry['graph']} gives values that are not finite for a zero input; export again")
+def _save_beside(bundle: Bundle, candidate: Candidate, report: Reporter) -> None:
+    """The baseline of every comparison, and the text encoder where there is one: each opened, run, saved and closed again.
+
+    Raises:
+        EngineError: when the engine refuses one, or a value is not finite.
+        InputError: when the disk cannot take it.
+    """
+    state = {"state": np.zeros((1, *bundle.sample_shape), np.float32), "timestep": np.zeros(1, np.float32)}
+    beside = {bundle.manifest["conditioned"]["graph"]: {**state, **bundle.reference_requests(1)}}
+    if bundle.text_encoder is not None:
+        beside[bundle.text_encoder["graph"]] = bundle.reference_tokens(1)
+    candidate.beside.mkdir()
+    for graph, feeds in beside.items():
+        session = at_any_size(_opener(bundle, candidate, {}, report)(graph), bundle.manifest["batch"])
+        if not all(np.isfinite(output).all() for output in session.run(feeds)):
+            raise EngineError(f"{graph} gives values that are not finite for a zero state or the stored prompt; export again")
+        try:
+            session.save(candidate.beside, graph)
+        except OSError as error:
+            raise InputError(f"could not write the built {graph}: {error.strerror or error}; free space") from error
+        session.close()
 
 
 def _check_decoder(bundle: Bundle, sampler: Sampler) -> None:
@@ -200,15 +220,6 @@ def _check_decoder(bundle: Bundle, sampler: Sampler) -> None:
     images = sampler.decode(np.zeros((1, *bundle.sample_shape), np.float32))
     if not np.isfinite(images).all():
         raise EngineError("the decoder gives values that are not finite for latents of zero; export again")
-
-
-def _check_text_encoder(bundle: Bundle, sampler: Sampler) -> None:
-    """Where there is one, it opens and gives finite values."""
-    if bundle.text_encoder is None:
-        return
-    outputs = sampler.encode(bundle.reference_tokens(1))
-    if not all(np.isfinite(values).all() for values in outputs.values()):
-        raise EngineError("the text encoder gives values that are not finite for the stored prompt; export again")
 
 
 def _time_decoder(bundle: Bundle, built: Candidate, batch: int, seconds: float) -> None:

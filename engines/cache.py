@@ -11,6 +11,7 @@ import hashlib
 import json
 import shlex
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -248,3 +249,18 @@ def locked(bundle: Bundle) -> Iterator[None]:
     with (bundle.path / MANIFEST).open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+@contextlib.contextmanager
+def scratch(bundle: Bundle) -> Iterator[Path]:
+    """A directory inside the bundle for what a build may still discard; it is gone when the block ends.
+
+    Raises:
+        InputError: for a bundle that cannot be written to.
+    """
+    try:
+        directory = tempfile.TemporaryDirectory(prefix=".build.", suffix=".tmp", dir=bundle.path)
+    except OSError as error:
+        raise InputError(f"cannot write into {bundle.path}: {error.strerror or error}; build a copy") from None
+    with directory as name:
+        yield Path(name)

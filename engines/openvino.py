@@ -1,6 +1,7 @@
 """OpenVINO: compiled graphs on the CPU, in fp32 or bf16.
 
-A compiled graph is a file of the built engine: opening it takes a fraction of the time that compiling takes. The CPU plugin
+A compiled graph is a file of the built engine, mapped: opening it takes a fraction of the time that compiling takes. Not so for
+a large network, whose weights it would hold a second time: above :data:`KEPT` bytes of graphs none is kept. The CPU plugin
 plans memory, layouts and fusions better when it knows every shape, so each batch size is compiled for itself: those of
 ``batch``, or, without, each as it comes, a few at most.
 
@@ -14,6 +15,9 @@ from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from mteo_deploy.bundle import Bundle
 from mteo_deploy.engines.base import ON_OFF, Layer, Option, Session
@@ -33,6 +37,8 @@ OPTIONS = {
     "hyper_threading": Option("both threads of a core are used", ON_OFF),
 }
 PROPERTIES = {"streams": "NUM_STREAMS", "pinning": "ENABLE_CPU_PINNING", "hyper_threading": "ENABLE_HYPER_THREADING"}
+KEPT = 1 << 30
+"""Bytes of a bundle's graphs up to which compiled ones are kept: one of 3.2 GB takes as long to read as to compile."""
 SWITCH = {"on": "YES", "off": "NO"}
 
 
@@ -46,13 +52,20 @@ def _core() -> Any:
 
 
 class OpenVinoSession:
-    """One compiled graph with one request, whose buffers are made once."""
+    """One compiled graph with one request, whose buffers are made once.
 
-    def __init__(self, compiled: Any, size: int | None) -> None:
-        self._compiled, self._size = compiled, size
+    Args:
+        size: images that it was made for; None for any number.
+        kept: whether :meth:`save` writes it.
+        read: the mapped file that it was read from, whose weights it goes on using; None where it was compiled.
+    """
+
+    def __init__(self, compiled: Any, size: int | None, kept: bool = True, read: NDArray[np.uint8] | None = None) -> None:
+        self._compiled, self._size, self._kept = compiled, size, kept
         self._request = compiled.create_infer_request()
         self._inputs = [set(value.names) for value in compiled.inputs]  # several of one that a removed node passed on as it was
         self._outputs = list(compiled.outputs)
+        self._read = read  # goes after what looks into it, also where nobody closes the session
 
     def run(self, feeds: Values) -> list[Any]:
         if self._request is None:
@@ -69,12 +82,13 @@ class OpenVinoSession:
         return [found[output] for output in self._outputs]
 
     def save(self, directory: Path, graph: str) -> None:
-        path = directory / _file(graph, self._size)
-        path.write_bytes(self._compiled.export_model().getvalue())
+        if self._kept:
+            (directory / _file(graph, self._size)).write_bytes(self._compiled.export_model().getbuffer())
 
     def close(self) -> None:
         self._request = self._compiled = None
         self._outputs = []
+        self._read = None
 
 
 class OpenVinoProfiledSession(OpenVinoSession):
@@ -137,10 +151,12 @@ class OpenVinoBackend:
         report: Reporter | None = None,
     ) -> Session:
         core, config = self._config(device, options)
+        files = bundle.manifest.get("files", {}).items()
+        kept = sum(entry["bytes"] for name, entry in files if name.startswith("graphs/")) <= KEPT
 
         def session(size: int | None) -> OpenVinoSession:
-            compiled = self._compiled(core, bundle, graph, DEVICES[device], config, size, built)
-            return OpenVinoSession(compiled, size)
+            compiled, read = self._compiled(core, bundle, graph, DEVICES[device], config, size, built)
+            return OpenVinoSession(compiled, size, kept, read)
 
         sizes = options.get("batch")
         if sizes:
@@ -155,7 +171,7 @@ class OpenVinoBackend:
         if sizes and batch not in sizes:
             raise EngineError(f"expected --batch out of the sizes openvino was built for, {sizes}; found {batch}")
         size = batch if _is_open(bundle) else None
-        compiled = self._compiled(core, bundle, graph, DEVICES[device], {**config, "PERF_COUNT": "YES"}, size, None)
+        compiled, _ = self._compiled(core, bundle, graph, DEVICES[device], {**config, "PERF_COUNT": "YES"}, size, None)
         return OpenVinoProfiledSession(compiled, size)
 
     def _config(self, device: str, options: Mapping[str, Any]) -> tuple[Any, dict[str, str]]:
@@ -176,16 +192,20 @@ class OpenVinoBackend:
     @staticmethod
     def _compiled(
         core: Any, bundle: Bundle, graph: str, device: str, config: dict[str, str], size: int | None, built: Path | None
-    ) -> Any:
+    ) -> tuple[Any, NDArray[np.uint8] | None]:
+        """A graph compiled, or read, with the array that has to outlive it then."""
         path = None if built is None else built / _file(graph, size)
         try:
             if path is not None and path.is_file():
-                return core.import_model(path.read_bytes(), device, config)
+                from openvino import Tensor
+
+                read = np.memmap(path, np.uint8, "c")
+                return core.import_model(Tensor(read, shared_memory=True), device, config), read
             model = core.read_model(bundle.file(graph))
             if size is not None:
                 of_images = [value for value in model.inputs if not {*SHARED} & set(value.names)]
                 model.reshape({value.any_name: [size, *list(value.partial_shape)[1:]] for value in of_images})
-            return core.compile_model(model, device, config)
+            return core.compile_model(model, device, config), None
         except RuntimeError as error:
             where = f"{path}; build again" if path is not None and path.is_file() else f"{graph}; export again or report it"
             raise EngineError(f"openvino could not open {where} ({error})") from None

@@ -170,14 +170,18 @@ def _warm_up(functions: Sequence[Callable[[], object]], seconds: float) -> None:
             for function in functions:
                 function()
             times.append(time.perf_counter() - start)
+            if time.perf_counter() > end:
+                return
         median = float(np.median(times))
-        if abs(median / previous - 1) < 0.05 or time.perf_counter() > end:
+        if abs(median / previous - 1) < 0.05:
             return
         previous = median
 
 
-def interleave(functions: Sequence[Callable[[], object]], *, seconds: float = 2.0, rounds: int = 200) -> Rounds:
-    """Time callables in rounds, in random order within each, until ``seconds`` or ``rounds`` are over (at least 10 rounds).
+def interleave(
+    functions: Sequence[Callable[[], object]], *, seconds: float = 2.0, rounds: int = 200, least: int = 10
+) -> Rounds:
+    """Time callables in rounds, in random order within each, until ``seconds`` or ``rounds`` are over (at least ``least``).
 
     All run beforehand until their times are stable.
     """
@@ -185,7 +189,7 @@ def interleave(functions: Sequence[Callable[[], object]], *, seconds: float = 2.
     order, others = np.random.default_rng(0), OtherPrograms()
     times: list[list[float]] = []
     end = time.perf_counter() + seconds
-    while len(times) < 10 or (len(times) < rounds and time.perf_counter() < end):
+    while len(times) < least or (len(times) < rounds and time.perf_counter() < end):
         one = [0.0] * len(functions)
         for which in order.permutation(len(functions)):
             start = time.perf_counter()
@@ -227,6 +231,9 @@ def compare(a: Callable[[], object], b: Callable[[], object], *, seconds: float 
 
 
 def share(part: Callable[[], object], rest: Callable[[], object], *, seconds: float = 1.0) -> dict[str, float]:
-    """What a part takes of itself and the rest, interleaved: ``milliseconds``, ``loop_milliseconds`` of the rest, ``share``."""
-    ours, others = interleave([part, rest], seconds=seconds).medians
+    """What a part takes of itself and the rest, interleaved: ``milliseconds``, ``loop_milliseconds`` of the rest, ``share``.
+
+    Three rounds where they take longer than ``seconds``: a share needs no interval, and minutes of large models are dear.
+    """
+    ours, others = interleave([part, rest], seconds=seconds, least=3).medians
     return {"milliseconds": ours, "loop_milliseconds": others, "share": ours / (ours + others)}

@@ -20,7 +20,7 @@ from mteo_deploy import latency
 from mteo_deploy.bundle import Bundle
 from mteo_deploy.decoding import decode_states, tile_of
 from mteo_deploy.engines.base import OpenGraph, Session
-from mteo_deploy.engines.batches import BatchSizes
+from mteo_deploy.engines.batches import at_any_size
 from mteo_deploy.engines.device import Device, Value, Values, device_of
 from mteo_deploy.errors import EngineError, InputError
 from mteo_deploy.plan import Plan, run
@@ -96,8 +96,7 @@ class Sampler:
         batch, sessions = bundle.manifest["batch"], list[Session]()
 
         def opened(graph: str) -> Session:
-            session = open_graph(graph)
-            sessions.append(session if batch == "dynamic" else BatchSizes({batch: session}))
+            sessions.append(at_any_size(open_graph(graph), batch))
             return sessions[-1]
 
         self._others: dict[str, Session] = {}

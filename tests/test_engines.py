@@ -17,7 +17,7 @@ from helpers import altered, edit_json
 from mteo_deploy.bundle import MANIFEST, Bundle
 from mteo_deploy.engines import BACKENDS, cache
 from mteo_deploy.engines.build import build
-from mteo_deploy.engines.onnxruntime import BACKEND
+from mteo_deploy.engines.onnxruntime import BACKEND, OnnxRuntimeSession
 from mteo_deploy.errors import BundleError, EngineError, InputError, MissingPackageError
 from mteo_deploy.sampler import Sampler
 
@@ -37,7 +37,7 @@ def test_build_leaves_a_record_of_every_part(tiny_bundle: Path) -> None:
     assert record["parts"]["graphs"] == Bundle.open(tiny_bundle).graph_hash
     assert record["key"] == cache.key(record["parts"])
     assert path.parent.name == f"onnxruntime-cpu-{record['key']}"
-    graphs = [f"graphs/{name}.onnx" for name in ("step_00", "step_01", "step_02", "conditioned")]
+    graphs = [f"graphs/{name}.onnx" for name in ("conditioned", "step_00", "step_01", "step_02")]
     assert list(record["seconds_to_open"]) == graphs
 
 
@@ -183,12 +183,50 @@ class NaNSession:
         return [np.full_like(feeds["state"], np.nan)]
 
 
-def test_build_refuses_values_that_are_not_finite(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = altered(tiny_bundle, tmp_path / "b")
-    monkeypatch.setattr(type(BACKEND), "open", lambda *args: NaNSession())
-    with pytest.raises(EngineError, match=r"baked: evaluation 0 gives values that are not finite"):
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ("step_00", "baked: evaluation 0 gives values that are not finite"),
+        ("conditioned", r"graphs/conditioned\.onnx gives values that are not finite"),
+    ],
+)
+def test_build_refuses_values_that_are_not_finite(
+    broken: str, message: str, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, opened = altered(tiny_bundle, tmp_path / "b"), type(BACKEND).open
+
+    def open_graph(self: Any, bundle: Bundle, graph: str, *others: Any) -> Any:
+        return NaNSession() if broken in graph else opened(self, bundle, graph, *others)
+
+    monkeypatch.setattr(type(BACKEND), "open", open_graph)
+    with pytest.raises(EngineError, match=message):
         build(path, engine="onnxruntime", quiet=True)
     assert not (path / "engines").exists()
+    assert not list(path.glob(".build*"))
+
+
+def test_only_what_the_loop_runs_is_open_while_it_is_timed(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, at_once, most = altered(tiny_bundle, tmp_path / "b"), set[str](), list[set[str]]()
+    opened, closed = type(BACKEND).open, OnnxRuntimeSession.close
+
+    def open_graph(self: Any, bundle: Bundle, graph: str, *others: Any) -> Any:
+        session = opened(self, bundle, graph, *others)
+        session.graph = graph
+        at_once.add(graph)
+        most.append(set(at_once))
+        return session
+
+    def close(self: Any) -> None:
+        at_once.discard(self.graph)
+        closed(self)
+
+    monkeypatch.setattr(type(BACKEND), "open", open_graph)
+    monkeypatch.setattr(OnnxRuntimeSession, "close", close)
+    build(path, engine="onnxruntime", realisation="baked", quiet=True)
+    assert max(most, key=len) == {entry["graph"] for entry in Bundle.open(path).step_graphs}
+    assert {"graphs/conditioned.onnx"} in most
 
 
 def test_wrong_input_shape_names_it(tiny_sampler: Sampler) -> None:

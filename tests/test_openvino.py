@@ -71,6 +71,21 @@ def test_sizes_as_they_come(tiny_bundle: Path, tmp_path: Path) -> None:
         sizes.run({"state": noise})
 
 
+def test_none_is_kept_of_a_large_network(tiny_history_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its compiled graphs would hold the weights again; it is compiled when it is opened, to the same images."""
+    monkeypatch.setattr("mteo_deploy.engines.openvino.KEPT", 0)
+    path = altered(tiny_history_bundle, tmp_path / "b")
+    directory = build(path, realisation="table", **QUICK)
+    assert [file.name for file in directory.iterdir()] == [cache.RECORD]
+    noise = noise_for((1, 8, 8), 0, range(2))
+    with Sampler.load(path) as sampler:
+        found = sampler.image(noise)
+    monkeypatch.undo()
+    build(path, realisation="table", **QUICK)
+    with Sampler.load(path) as sampler:
+        np.testing.assert_array_equal(sampler.image(noise), found)
+
+
 def test_states_are_not_overwritten(built: Path) -> None:
     """A later run leaves what an earlier one returned alone."""
     sampler = Sampler.load(built)

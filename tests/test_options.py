@@ -87,9 +87,14 @@ def test_every_engine_tried_must_have_it() -> None:
 @pytest.mark.parametrize(
     ("given", "entries", "level"),
     [
-        ({}, {"session.force_spinning_stop": "1", "session.disable_prepacking": "0"}, "ORT_ENABLE_ALL"),
+        (
+            {},
+            {"session.force_spinning_stop": "1", "session.disable_prepacking": "0", "session.use_env_allocators": "1"},
+            "ORT_ENABLE_ALL",
+        ),
         ({"spinning": "off"}, {"session.intra_op.allow_spinning": "0"}, "ORT_ENABLE_ALL"),
         ({"prepacking": "off", "optimization": "basic"}, {"session.disable_prepacking": "1"}, "ORT_ENABLE_BASIC"),
+        ({"arena": "own"}, {"session.disable_prepacking": "0"}, "ORT_ENABLE_ALL"),
     ],
 )
 def test_onnxruntime_gets_them(given: dict[str, str], entries: dict[str, str], level: str, tiny_bundle: Path) -> None:
@@ -100,6 +105,9 @@ def test_onnxruntime_gets_them(given: dict[str, str], entries: dict[str, str], l
     if given.get("spinning") == "off":
         with pytest.raises(RuntimeError, match="force_spinning_stop"):
             settings.get_session_config_entry("session.force_spinning_stop")
+    if given.get("arena") == "own":
+        with pytest.raises(RuntimeError, match="use_env_allocators"):
+            settings.get_session_config_entry("session.use_env_allocators")
 
 
 def _compiled(session: Any) -> Any:
