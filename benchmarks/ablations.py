@@ -59,6 +59,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lr x 2": {"lr": 2.0},
     "half the trajectories": {"trajectories": 0.5},
     "teacher: DPM-Solver-2": {"teacher": "dpm-solver-2"},
+    "teacher: DDIM": {"teacher": "euler"},
+    "teacher: DDIM, 20 evaluations": {"teacher": "euler", "teacher_evaluations": 20},
     "teacher: half the evaluations": {"teacher_evaluations": 18},
     "logSNR points": {"schedule": "logsnr"},
     "time-uniform points": {"schedule": "time-uniform"},

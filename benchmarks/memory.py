@@ -24,7 +24,7 @@ from mteo_deploy.machine import private_bytes
 CASES = ("one evaluation", "baked", "table", "fused")
 LEAN = {"prepacking": "off", "optimization": "extended"}
 """Also without the optimisations that bring weights into another layout, a copy of its own for every session."""
-OPTIONS = {"default": {}, "no prepacking": {"prepacking": "off"}, "lean": LEAN}
+OPTIONS = {"default": {}, "arena of its own": {"arena": "own"}, "no prepacking": {"prepacking": "off"}, "lean": LEAN}
 
 
 def measure(path: Path, case: str, config: dict[str, str], batch: int) -> int:

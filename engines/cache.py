@@ -253,14 +253,20 @@ def locked(bundle: Bundle) -> Iterator[None]:
 
 @contextlib.contextmanager
 def scratch(bundle: Bundle) -> Iterator[Path]:
-    """A directory inside the bundle for what a build may still discard; it is gone when the block ends.
+    """A directory under ``engines/`` for what a build may still discard; it is gone when the block ends, or with :func:`clean`.
 
     Raises:
         InputError: for a bundle that cannot be written to.
     """
+    parent = bundle.path / "engines"
     try:
-        directory = tempfile.TemporaryDirectory(prefix=".build.", suffix=".tmp", dir=bundle.path)
+        parent.mkdir(exist_ok=True)
+        directory = tempfile.TemporaryDirectory(prefix=".build.", suffix=".tmp", dir=parent)
     except OSError as error:
         raise InputError(f"cannot write into {bundle.path}: {error.strerror or error}; build a copy") from None
-    with directory as name:
-        yield Path(name)
+    try:
+        with directory as name:
+            yield Path(name)
+    finally:
+        with contextlib.suppress(OSError):  # not empty: what was built
+            parent.rmdir()
