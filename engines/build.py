@@ -110,14 +110,13 @@ def build(
     with cache.locked(bundle), cache.scratch(bundle) as scratch, reporter(quiet) as report:
         candidates, refused = [], {}
         for target in targets:
-            found = Candidate(target, device or best_device(target), options, scratch / target.name)
             try:
+                found = Candidate(target, device or best_device(target), options, scratch / target.name)
                 _open(bundle, found, names, size, seconds, report)
                 candidates.append(found)
             except MteoError as error:
                 if len(targets) == 1:
                     raise
-                found.close()
                 refused[target.name] = error
         if not candidates:
             raise next(iter(refused.values()))

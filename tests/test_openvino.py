@@ -171,12 +171,15 @@ def test_auto_measures_the_engines(tiny_bundle: Path, tmp_path: Path) -> None:
     assert record["parts"]["engine"] == fastest == Sampler.load(path).built.backend.name  # type: ignore[union-attr]
 
 
-def test_an_engine_that_cannot_is_left_out(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("what", ["open", "devices"])
+def test_an_engine_that_cannot_is_left_out(
+    what: str, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*args: Any) -> Any:
         raise EngineError("no such operator")
 
     path = altered(tiny_bundle, tmp_path / "bundle")
-    monkeypatch.setattr(type(BACKEND), "open", refuse)
+    monkeypatch.setattr(type(BACKEND), what, refuse)
     record = json.loads((build(path, threads=1, seconds=0.1, quiet=True) / "engine.json").read_text())
     assert record["parts"]["engine"] == "onnxruntime"
     assert record["measured"]["engines"]["refused"] == {"openvino": "no such operator"}
