@@ -56,6 +56,7 @@ class Way:
 
     Attributes:
         embeddings: which set, by the beginning of its SHA-256; empty where there is none.
+        teacher: solver and evaluations of the trajectories that it learned from, and whether it began with another set.
     """
 
     method: str
@@ -65,6 +66,7 @@ class Way:
     learned: int = 0
     seconds: float | None = None
     embeddings: str = ""
+    teacher: str = ""
 
 
 class Figures:
@@ -186,7 +188,9 @@ class Laboratory:
         for solver, path in self.sets(count).items():
             sampler, found = Sampler.load(self.bundle(count, solver)), EmbeddingSet.load(path)
             learned, seconds = found.parameters, found.training["seconds"]
-            yield Way("MTEO", solver, count, sampler.image, learned, seconds, sha256_file(path)[:12])
+            teacher = "{solver} ({evaluations})".format(**found.training["reference"])
+            teacher += ", begun with another set" if "init" in found.training else ""
+            yield Way("MTEO", solver, count, sampler.image, learned, seconds, sha256_file(path)[:12], teacher)
 
     def neighbour(self, method: str, count: int) -> Way:
         """The better of Euler and iPNDM below it, by the loss it was trained to; learned once."""
@@ -247,12 +251,13 @@ class Laboratory:
         """Fréchet distance, share named above 0.9 and squared error; taken from the file where it stands there."""
         key = {"method": way.method, "detail": way.detail, "evaluations": way.evaluations, "seed": seed, "num": num}
         key |= {"embeddings": way.embeddings} if way.embeddings else {}
+        said = {"teacher": way.teacher} if way.teacher else {}
         if (found := self.figures.find(**key)) is not None:
-            return found
+            return found | said
         clock = time.monotonic()
         images, reference = self.images(way.draw, seed, num), self.reference(seed)[:num]
         error = mean_squared_error(images, reference)
-        row = {**key, "learned": way.learned, "training_seconds": way.seconds, "error": error}
+        row = {**key, **said, "learned": way.learned, "training_seconds": way.seconds, "error": error}
         row |= measure(self.classifier, images, self.real) | {"seconds": round(time.monotonic() - clock, 1)}
         self.console.print(
             f"{way.method} ({way.detail}) {way.evaluations} evaluations, seed {seed}, {num} images: Fréchet distance "

@@ -93,14 +93,15 @@ def gap_table(rows: Rows) -> str:
 
 
 def cost_table(rows: Rows) -> str:
-    """Numbers learned and seconds of learning; which solver lies below."""
+    """Numbers learned and seconds of learning; which solver lies below, and which teacher was learned from."""
 
     def cell(name: str, n: int) -> str:
         row = of(rows, name, n)[0]
         cost = f", {row['learned']:,} in {row['training_seconds']:.0f} s" if row["learned"] else ""
-        return f"{row['detail']}{cost}"
+        teacher = f" from {row['teacher']}" if "teacher" in row else ""
+        return f"{row['detail']}{cost}{teacher}"
 
-    return simple_table(rows, "solver, numbers learned, seconds", cell, methods(rows))
+    return simple_table(rows, "solver, numbers learned, seconds, teacher", cell, methods(rows))
 
 
 def findings(rows: Rows) -> list[str]:
