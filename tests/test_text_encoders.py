@@ -3,6 +3,7 @@ random, against what diffusers' own pipeline makes of the same prompts."""
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import json
 import shutil
@@ -253,9 +254,13 @@ def test_sample_from_prompts_without_torch(model: Path, adapter: Adapter, tmp_pa
         assert error < 1e-4
         given["encoder_hidden_states"] = given["encoder_hidden_states"][::-1]
         assert relative(sampler(2, requests=given, latents=True), expected) > 10 * max(error, 1e-6)  # one for another
-    report = verify(made.path, seconds=0, quiet=True)
-    assert report.passed, failed(report)
-    assert {"text encoder", "tokenizer"} <= {check.name for check in report.checks}
+    engines = ["onnxruntime", *(["openvino"] if importlib.util.find_spec("openvino") else [])]
+    for engine in engines:
+        if engine != "onnxruntime":
+            build(made, engine=engine, threads=1, quiet=True)
+        report = verify(made.path, engine=engine, seconds=0, quiet=True)
+        assert report.passed, failed(report)
+        assert {"text encoder", "tokenizer"} <= {check.name for check in report.checks}
     assert made.text_encoder is not None and made.text_encoder["tokens"] == (adapter.tokens or case.tokens)
 
 
