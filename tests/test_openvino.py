@@ -223,10 +223,11 @@ def test_killed_in_the_middle(tiny_bundle: Path, tmp_path: Path) -> None:
         f"build({str(path)!r}, engine='openvino', realisation='fused', threads=1, quiet=True)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
-    (left,) = cache.entries(Bundle.open(path))
-    assert left["bytes"] > 0 and left["reason"] == "left by a build that was interrupted"
+    left = cache.entries(Bundle.open(path))
+    assert sum(entry["bytes"] for entry in left) > 0
+    assert {entry["reason"] for entry in left} == {"left by a build that was interrupted"}
     with pytest.raises(BundleError, match="found none"):
         Sampler.load(path)
     build(path, realisation="fused", **QUICK)
     assert Sampler.load(path)(num=1).shape == (1, 1, 8, 8)
-    assert [entry["name"] for entry in cache.clean(Bundle.open(path))] == [left["name"]]
+    assert [entry["name"] for entry in cache.clean(Bundle.open(path))] == [entry["name"] for entry in left]
