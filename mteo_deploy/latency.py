@@ -183,7 +183,7 @@ def interleave(
 ) -> Rounds:
     """Time callables in rounds, in random order within each, until ``seconds`` or ``rounds`` are over (at least ``least``).
 
-    All run beforehand until their times are stable.
+    All run beforehand until their times are stable, or half of ``seconds`` have passed.
     """
     _warm_up(functions, seconds / 2)
     order, others = np.random.default_rng(0), OtherPrograms()
