@@ -1,10 +1,10 @@
 """Does learning against the quantised backbone help? Fréchet distance and error in int8, before and after.
 
 For each step count the packaged embedding set is exported in float32 and in int8, then learned for some more iterations twice
-from there, once against the int8 network (`distill --precision int8`) and once, with the same budget and seed, against the
-float32 one, and both are exported in int8. The second tells what more training alone would have done. All are sampled from the
-same noise in the same engine. A figure is a line of the OUTPUT file, so a stopped run loses at most one; sets and bundles are
-kept under WORK.
+from there, from the teacher that it had: once against the int8 network (`distill --precision int8`) and once, with the same
+budget and seed, against the float32 one. Both are exported in int8. The second tells what more training alone would have done.
+All are sampled from the same noise in the same engine. A figure is a line of the OUTPUT file, so a stopped run loses at most
+one; sets and bundles are kept under WORK.
 
     python benchmarks/int8_learning.py DATA --work runs/int8 -o int8.jsonl      # DATA/mnist_test.npz
 """
@@ -55,9 +55,18 @@ def embeddings(args: argparse.Namespace, count: int, which: str) -> Path:
         return packaged
     path: Path = args.work / "sets" / f"{which}-{count}-{packaged_id(count)}.safetensors"
     if not path.exists():
-        recipe = Recipe(args.trajectories, args.iterations, args.batch, args.lr, precision=which)
-        solver = EmbeddingSet.load(packaged).plan.solver
-        distill(assets.MODEL, path, steps=count, solver=solver, recipe=recipe, init=packaged)
+        found = EmbeddingSet.load(packaged)
+        before = found.training["recipe"]
+        recipe = Recipe(
+            args.trajectories,
+            args.iterations,
+            args.batch,
+            args.lr,
+            teacher=before["teacher"],
+            teacher_evaluations=before["teacher_evaluations"],
+            precision=which,
+        )
+        distill(assets.MODEL, path, steps=count, solver=found.plan.solver, recipe=recipe, init=packaged, cache=args.cache)
     return path
 
 
@@ -92,6 +101,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=0.01)
     parser.add_argument("--sample-batch", type=int, default=50)
     parser.add_argument("--engine", default="openvino")
+    parser.add_argument("--cache", type=Path, help="directory that keeps reference trajectories, as of `distill --cache`")
     parser.add_argument("--work", type=Path, default=Path("runs/int8"))
     parser.add_argument("-o", "--output", type=Path, default=Path("int8.jsonl"))
     return parser.parse_args()

@@ -27,7 +27,8 @@ from mteo_deploy.embeddings import EmbeddingSet
 from mteo_deploy.engines.build import build
 from mteo_deploy.exporters import compiler
 from mteo_deploy.exporters.base import Adapter, load_backbone
-from mteo_deploy.exporters.export import export, pretrained_set
+from mteo_deploy.exporters.choice import pretrained_set
+from mteo_deploy.exporters.export import export
 from mteo_deploy.exporters.trace import trace_generic, trace_time_embedding
 from mteo_deploy.sampler import Sampler
 

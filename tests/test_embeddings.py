@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from mteo_deploy.embeddings import FORMAT, VERSION, EmbeddingSet
 from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.base import Adapter, site_dict
-from mteo_deploy.exporters.export import pretrained_set
+from mteo_deploy.exporters.choice import pretrained_set
 
 
 def with_header(source: Path, target: Path, change: Callable[[dict[str, Any]], object]) -> Path:

@@ -26,7 +26,8 @@ from mteo_deploy.distillation import Recipe, distill, run
 from mteo_deploy.engines.build import build
 from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.base import Adapter, load_backbone
-from mteo_deploy.exporters.export import _guidance, export, pretrained_set
+from mteo_deploy.exporters.choice import guidance_of, pretrained_set
+from mteo_deploy.exporters.export import export
 from mteo_deploy.exporters.guidance import GuidedAdapter, guided
 from mteo_deploy.exporters.unet2d import UNet2DAdapter
 from mteo_deploy.inspection import inspect
@@ -282,7 +283,7 @@ def test_distill_learns_under_guidance(models: dict[str, Path], tmp_path: Path) 
     assert made.requests[-1] == Request("guidance_scale", "float32", default=SCALE)
     build(made, engine="onnxruntime", realisation="baked", threads=1, quiet=True)
     assert verify(made.path, seconds=0, quiet=True).passed
-    assert _guidance(found, False, SCALE, None) == (SCALE, None)
+    assert guidance_of(found, False, SCALE, None) == (SCALE, None)
     with pytest.raises(InputError, match=r"--guidance-scale as the embedding set was learned, at 4; found 2; leave it out"):
         export(tmp_path / "c", model=model, embeddings=file, guidance_scale=2.0, quiet=True)
 

@@ -29,7 +29,8 @@ from mteo_deploy.cli import main
 from mteo_deploy.engines.build import build
 from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.base import Adapter, load_backbone
-from mteo_deploy.exporters.export import export, pretrained_set
+from mteo_deploy.exporters.choice import pretrained_set
+from mteo_deploy.exporters.export import export
 from mteo_deploy.exporters.lora import Lora, Loras
 from mteo_deploy.exporters.text import TextEncoder, load_text_encoder
 

@@ -18,8 +18,9 @@ from mteo_deploy.embeddings import EmbeddingSet
 from mteo_deploy.engines.build import build
 from mteo_deploy.errors import EngineError, InputError
 from mteo_deploy.exporters.base import Adapter
+from mteo_deploy.exporters.choice import pretrained_set
 from mteo_deploy.exporters.diff import diff
-from mteo_deploy.exporters.export import export, pretrained_set
+from mteo_deploy.exporters.export import export
 from mteo_deploy.exporters.fuse import fuse
 from mteo_deploy.exporters.tabulate import tabulate
 from mteo_deploy.realisations import NAMES

@@ -21,7 +21,8 @@ from mteo_deploy.distillation import Recipe, distill
 from mteo_deploy.engines.build import build
 from mteo_deploy.errors import BundleError, InputError
 from mteo_deploy.exporters.base import Adapter, load_backbone
-from mteo_deploy.exporters.export import export, pretrained_set
+from mteo_deploy.exporters.choice import pretrained_set
+from mteo_deploy.exporters.export import export
 from mteo_deploy.realisations import NAMES
 from mteo_deploy.requests import Request, take_all
 from mteo_deploy.sampler import Sampler, noise_for

@@ -23,7 +23,8 @@ from mteo_deploy.engines.base import Session
 from mteo_deploy.engines.build import build
 from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.base import Adapter
-from mteo_deploy.exporters.export import export, pretrained_set
+from mteo_deploy.exporters.choice import pretrained_set
+from mteo_deploy.exporters.export import export
 from mteo_deploy.exporters.unet2d import UNet2DAdapter
 from mteo_deploy.realisations import NAMES
 from mteo_deploy.sampler import Sampler, noise_for

@@ -22,7 +22,8 @@ from mteo_deploy.distillation import Recipe, distill
 from mteo_deploy.engines.build import build
 from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.base import Adapter, load_backbone
-from mteo_deploy.exporters.export import export, pretrained_set
+from mteo_deploy.exporters.choice import pretrained_set
+from mteo_deploy.exporters.export import export
 from mteo_deploy.exporters.guidance import guided
 from mteo_deploy.exporters.unet2d_condition import UNet2DConditionAdapter
 from mteo_deploy.realisations import NAMES
