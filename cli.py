@@ -17,6 +17,7 @@ from mteo_deploy.commands.evaluate import evaluate
 from mteo_deploy.commands.export import export
 from mteo_deploy.commands.hub import pull, push
 from mteo_deploy.commands.inspect import inspect
+from mteo_deploy.commands.merge import merge
 from mteo_deploy.commands.profile import profile
 from mteo_deploy.commands.sample import sample
 from mteo_deploy.commands.verify import verify
@@ -29,6 +30,7 @@ def main() -> None:
 
     \b
     distill    learn one time embedding per step and layer     (torch)
+    merge      the weighted sum of embedding sets
     export     bake them into ONNX graphs: a bundle            (torch, onnx)
     build      make the bundle ready in an engine
     sample     draw images                                     (numpy + one engine)
@@ -47,7 +49,7 @@ def main() -> None:
     """
 
 
-for verb in (distill, export, build, sample, verify, profile, bench, evaluate, inspect, push, pull, doctor, cache):
+for verb in (distill, merge, export, build, sample, verify, profile, bench, evaluate, inspect, push, pull, doctor, cache):
     main.add_command(verb)
 
 

@@ -56,7 +56,8 @@ def embeddings(args: argparse.Namespace, count: int, which: str) -> Path:
     path: Path = args.work / "sets" / f"{which}-{count}-{packaged_id(count)}.safetensors"
     if not path.exists():
         found = EmbeddingSet.load(packaged)
-        before = found.training["recipe"]
+        merged = found.training.get("merged")
+        before = (merged[-1]["training"] if merged else found.training)["recipe"]
         recipe = Recipe(
             args.trajectories,
             args.iterations,

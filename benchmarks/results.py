@@ -56,7 +56,7 @@ class Way:
 
     Attributes:
         embeddings: which set, by the beginning of its SHA-256; empty where there is none.
-        teacher: solver and evaluations of the trajectories that it learned from, and whether it began with another set.
+        teacher: what the set learned from (:func:`taught`).
     """
 
     method: str
@@ -67,6 +67,14 @@ class Way:
     seconds: float | None = None
     embeddings: str = ""
     teacher: str = ""
+
+
+def taught(training: dict[str, Any]) -> str:
+    """What a set learned from: solver and evaluations of its trajectories, and whether it began with another set."""
+    if "merged" in training:
+        return " + ".join(f"{part['weight']:g} x {taught(part['training'])}" for part in training["merged"])
+    begun = ", begun with another set" if "init" in training else ""
+    return "{solver} ({evaluations})".format(**training["reference"]) + begun
 
 
 class Figures:
@@ -188,9 +196,7 @@ class Laboratory:
         for solver, path in self.sets(count).items():
             sampler, found = Sampler.load(self.bundle(count, solver)), EmbeddingSet.load(path)
             learned, seconds = found.parameters, found.training["seconds"]
-            teacher = "{solver} ({evaluations})".format(**found.training["reference"])
-            teacher += ", begun with another set" if "init" in found.training else ""
-            yield Way("MTEO", solver, count, sampler.image, learned, seconds, sha256_file(path)[:12], teacher)
+            yield Way("MTEO", solver, count, sampler.image, learned, seconds, sha256_file(path)[:12], taught(found.training))
 
     def neighbour(self, method: str, count: int) -> Way:
         """The better of Euler and iPNDM below it, by the loss it was trained to; learned once."""
@@ -255,7 +261,8 @@ class Laboratory:
         if (found := self.figures.find(**key)) is not None:
             return found | said
         clock = time.monotonic()
-        images, reference = self.images(way.draw, seed, num), self.reference(seed)[:num]
+        reference = self.reference(seed)[:num]
+        images = reference if way.method == "reference" else self.images(way.draw, seed, num)
         error = mean_squared_error(images, reference)
         row = {**key, **said, "learned": way.learned, "training_seconds": way.seconds, "error": error}
         row |= measure(self.classifier, images, self.real) | {"seconds": round(time.monotonic() - clock, 1)}

@@ -29,6 +29,7 @@ _PUBLIC = {
     "inspect": "mteo_deploy.inspection",
     "Bundle": "mteo_deploy.bundle",
     "EmbeddingSet": "mteo_deploy.embeddings",
+    "merge": "mteo_deploy.embeddings",
     "Plan": "mteo_deploy.plan",
     "compile_plan": "mteo_deploy.plan",
     "MteoError": "mteo_deploy.errors",
@@ -49,6 +50,7 @@ __all__ = [
     "evaluate",
     "export",
     "inspect",
+    "merge",
     "profile",
     "verify",
     "verify_engines",
@@ -59,7 +61,7 @@ if TYPE_CHECKING:
     from mteo_deploy.bundle import Bundle
     from mteo_deploy.comparison import verify_engines
     from mteo_deploy.distillation import distill
-    from mteo_deploy.embeddings import EmbeddingSet
+    from mteo_deploy.embeddings import EmbeddingSet, merge
     from mteo_deploy.engines.build import build
     from mteo_deploy.errors import MteoError
     from mteo_deploy.evaluation import evaluate

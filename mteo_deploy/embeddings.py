@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,3 +132,58 @@ class EmbeddingSet:
             return cls(deltas, Plan.from_json(header["plan"]), header["backbone"], header["training"])
         except (BundleError, KeyError, TypeError) as error:
             raise InputError(f"{path}: bad metadata ({error}); make the set again with: mteo-deploy distill") from None
+
+
+def merge(
+    sets: Sequence[EmbeddingSet | Path | str], output: Path | str | None = None, weights: Sequence[float] | None = None
+) -> EmbeddingSet:
+    """The weighted sum of embedding sets of one backbone and plan.
+
+    Sets that were learned apart err apart, and their mean may be nearer than each (weights averaged after training: Wortsman et
+    al. 2022, arXiv 2203.05482). Weights that sum to less than 1 keep a part of the pretrained embeddings.
+
+    Args:
+        sets: sets or their files.
+        output: the ``.safetensors`` file to write; None writes nothing.
+        weights: one for each set; None for their mean.
+
+    Returns:
+        The set; its ``training`` holds the weight, the hash and the training of each (``merged``).
+
+    Raises:
+        InputError: for no set, as many weights as there are not sets, or sets that differ in what they are for.
+    """
+    found = [one if isinstance(one, EmbeddingSet) else EmbeddingSet.load(Path(one)) for one in sets]
+    if output is not None and Path(output).suffix != ".safetensors":
+        raise InputError(f"expected an output file ending in .safetensors; found {output}")
+    if not found:
+        raise InputError("expected one embedding set or more to merge; found none")
+    weights = [1 / len(found)] * len(found) if weights is None else list(weights)
+    if len(weights) != len(found) or not np.isfinite(weights).all():
+        raise InputError(f"expected a finite weight for each of {len(found)} sets; found {', '.join(map(str, weights))}")
+    first = found[0]
+    for what in ("backbone", "plan", "guidance", "precision"):
+        own = [getattr(one, what) for one in found]
+        if any(one != own[0] for one in own):
+            raise InputError(f"expected sets of one {what} to merge; found different ones; learn them with the same arguments")
+    for one in found[1:]:
+        one.check(first.backbone, {site: delta.shape[1] for site, delta in first.deltas.items()})
+    deltas = {
+        site: np.sum([w * one.deltas[site].astype(np.float64) for w, one in zip(weights, found, strict=True)], axis=0).astype(
+            np.float32
+        )
+        for site in first.deltas
+    }
+    parts = [{"weight": w, "sha256": one.sha256(), "training": one.training} for w, one in zip(weights, found, strict=True)]
+    precision, keep = first.precision
+    training = {
+        "merged": parts,
+        "recipe": {"precision": precision, "keep": list(keep)},
+        "guidance": first.training.get("guidance"),
+        "parameters": first.parameters,
+        "seconds": sum(one.training.get("seconds", 0.0) for one in found),
+    }
+    merged = EmbeddingSet(deltas, first.plan, first.backbone, training)
+    if output is not None:
+        merged.save(Path(output))
+    return merged

@@ -19,7 +19,7 @@ from mteo_deploy.cli import main
 from mteo_deploy.embeddings import EmbeddingSet
 from mteo_deploy.sampler import Sampler
 
-VERBS = ("distill", "export", "build", "sample", "verify", "profile", "bench", "inspect")
+VERBS = ("distill", "merge", "export", "build", "sample", "verify", "profile", "bench", "inspect")
 QUICK = ["--trajectories", "16", "--iterations", "2", "--batch", "8"]
 
 
@@ -219,3 +219,14 @@ def test_options_of_engines(bundle_copy: Path) -> None:
     assert "did not fit" not in call(*build, "--option", "prepacking=off", "--option", "spinning=off").stdout
     assert "--option NAME=VALUE; found 'spinning'" in refused(*build, "--option", "spinning")
     assert "--option spinning=off or run or always [default: run]" in call("doctor").stdout
+
+
+def test_merge(tiny_embeddings: Path, tmp_path: Path) -> None:
+    output = tmp_path / "half.safetensors"
+    assert call("merge", tiny_embeddings, "--weights", "0.5", "-o", output).stdout == f"{output}: 0.5 * {tiny_embeddings}\n"
+    told = json.loads(call("merge", tiny_embeddings, output, "-o", tmp_path / "mean.safetensors", "--json").stdout)
+    assert told["sha256"] == EmbeddingSet.load(tmp_path / "mean.safetensors").sha256()
+    assert "merged from 0.5 * " in call("inspect", output).stdout
+    line = refused("merge", tiny_embeddings, "--weights", "half", "-o", tmp_path / "no.safetensors")
+    assert line == "error: expected --weights as numbers, by comma; found 'half'"
+    assert not (tmp_path / "no.safetensors").exists()

@@ -16,7 +16,7 @@ from helpers import network_of
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from mteo_deploy.embeddings import FORMAT, VERSION, EmbeddingSet
+from mteo_deploy.embeddings import FORMAT, VERSION, EmbeddingSet, merge
 from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.base import Adapter, site_dict
 from mteo_deploy.exporters.choice import pretrained_set
@@ -154,3 +154,63 @@ def test_a_delta_at_any_site_matters(tiny_adapter: Adapter) -> None:
         for site in tiny_adapter.sites:
             moved = replace(zero, deltas={**zero.deltas, site.name: zero.deltas[site.name] + 1})
             assert (network_of(tiny_adapter, moved)(0, state) - plain).abs().max() > 1e-4, site.name
+
+
+def _scaled(found: EmbeddingSet, factor: float, **training: Any) -> EmbeddingSet:
+    deltas = {site: (factor * delta).astype(np.float32) for site, delta in found.deltas.items()}
+    return replace(found, deltas=deltas, training=found.training | training)
+
+
+def test_merge_is_the_weighted_sum(learned: EmbeddingSet, tmp_path: Path) -> None:
+    other = _scaled(learned, 3.0, seconds=5.0)
+    mean = merge([learned, other])
+    part = merge([learned, other], tmp_path / "part.safetensors", [0.5, 0.1])
+    for site, delta in learned.deltas.items():
+        np.testing.assert_allclose(mean.deltas[site], 2 * delta, rtol=1e-6)
+        np.testing.assert_allclose(part.deltas[site], 0.8 * delta, rtol=1e-6)
+        assert part.deltas[site].dtype == np.float32
+    again = EmbeddingSet.load(tmp_path / "part.safetensors")
+    assert again.sha256() == part.sha256() and (again.plan, again.backbone) == (learned.plan, learned.backbone)
+    assert [(one["weight"], one["sha256"]) for one in again.training["merged"]] == [
+        (0.5, learned.sha256()),
+        (0.1, other.sha256()),
+    ]
+    assert again.training["merged"][1]["training"]["seconds"] == 5.0
+    assert merge([part]).sha256() == part.sha256()  # a merged set can be merged
+
+
+def test_merge_keeps_what_export_asks_a_set_for(learned: EmbeddingSet) -> None:
+    recipe, guidance = {"precision": "int8", "keep": ["conv_in"]}, {"scale": 2.0, "null_class": 10}
+    one = replace(learned, training={"recipe": recipe, "guidance": guidance})
+    merged = merge([one, one])
+    assert merged.precision == ("int8", ("conv_in",)) and merged.guidance == (2.0, 10)
+    assert merge([learned]).precision == learned.precision and merge([learned]).guidance == learned.guidance
+
+
+@pytest.mark.parametrize("what", ["backbone", "plan", "guidance", "precision"])
+def test_merge_refuses_sets_that_differ(what: str, learned: EmbeddingSet, tmp_path: Path) -> None:
+    other = {
+        "backbone": replace(learned, backbone="f" * 64),
+        "plan": replace(learned, plan=replace(learned.plan, schedule="logsnr")),
+        "guidance": _scaled(learned, 1.0, guidance={"scale": 3.0}),
+        "precision": _scaled(learned, 1.0, recipe={"precision": "int8"}),
+    }[what]
+    with pytest.raises(InputError, match=f"expected sets of one {what} to merge; found different ones"):
+        merge([learned, other], tmp_path / "merged.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_merge_says_what_it_expected(learned: EmbeddingSet, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="expected one embedding set or more to merge; found none"):
+        merge([])
+    for weights, found in (([1.0], "1.0"), ([1.0, float("nan")], "1.0, nan")):
+        with pytest.raises(InputError, match=f"expected a finite weight for each of 2 sets; found {found}"):
+            merge([learned, learned], weights=weights)
+    with pytest.raises(InputError, match=r"expected an output file ending in \.safetensors"):
+        merge([learned], tmp_path / "merged.bin")
+    with pytest.raises(InputError, match="expected an embedding set"):
+        merge([tmp_path / "none.safetensors"])
+    site = next(iter(learned.deltas))
+    wide = replace(learned, deltas={**learned.deltas, site: np.zeros((4, 3), np.float32)})
+    with pytest.raises(InputError, match=f"at site '{site}'"):
+        merge([learned, wide])

@@ -64,6 +64,13 @@ def integers(option: str, text: str) -> list[int]:
         raise InputError(f"expected {option} as integers, by comma; found {text!r}") from None
 
 
+def numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"expected {option} as numbers, by comma; found {text!r}") from None
+
+
 def split_names(text: str) -> list[str]:
     return [name for name in text.split(",") if name]
 

@@ -128,6 +128,9 @@ def inspect(
         click.echo(
             f"embedding set, {found['parameters']:,} numbers at {len(found['sites'])} sites, backbone {found['backbone'][:12]}"
         )
+        if parts := found["training"].get("merged"):
+            terms = [f"{part['weight']:g} * {part['sha256'][:12]}" for part in parts]
+            click.echo(f"merged from {' + '.join(terms)}")
     rows = [
         [str(i), f"{e['sigma']:.4g}", f"{e['timestep']:.2f}", f"{e['carry']:.6g}", ", ".join(f"{w:.6g}" for w in e["weights"])]
         for i, e in enumerate(plan["evaluations"])
