@@ -140,7 +140,7 @@ def main() -> None:
                 "error_against_fp32": relative_error(images, exact),
                 "image_seconds": round(seconds, 1),
                 "training_seconds": 0.0 if which == "packaged" else training["seconds"],
-                "held_out_error": [training["error_before"], training["error_after"]],
+                "held_out_error": [training.get("error_before"), training.get("error_after")],
                 "budget": budget,
                 "processor": platform.machine(),
                 "versions": versions,
