@@ -148,10 +148,12 @@ def merge(
         weights: one for each set; None for their mean.
 
     Returns:
-        The set; its ``training`` holds the weight, the hash and the training of each (``merged``).
+        The set; its ``training`` holds the weight, the hash and the training of each (``merged``), and what ``export`` asks a
+        set for: guidance and precision.
 
     Raises:
-        InputError: for no set, as many weights as there are not sets, or sets that differ in what they are for.
+        InputError: for no set, weights that are not one finite number for each set, or sets of different backbones, plans,
+            guidance or precision.
     """
     found = [one if isinstance(one, EmbeddingSet) else EmbeddingSet.load(Path(one)) for one in sets]
     if output is not None and Path(output).suffix != ".safetensors":
@@ -168,13 +170,10 @@ def merge(
             raise InputError(f"expected sets of one {what} to merge; found different ones; learn them with the same arguments")
     for one in found[1:]:
         one.check(first.backbone, {site: delta.shape[1] for site, delta in first.deltas.items()})
-    deltas = {
-        site: np.sum([w * one.deltas[site].astype(np.float64) for w, one in zip(weights, found, strict=True)], axis=0).astype(
-            np.float32
-        )
-        for site in first.deltas
-    }
-    parts = [{"weight": w, "sha256": one.sha256(), "training": one.training} for w, one in zip(weights, found, strict=True)]
+    pairs = list(zip(weights, found, strict=True))
+    sums = {site: sum(w * one.deltas[site].astype(np.float64) for w, one in pairs) for site in first.deltas}
+    deltas = {site: np.asarray(total, np.float32) for site, total in sums.items()}
+    parts = [{"weight": w, "sha256": one.sha256(), "training": one.training} for w, one in pairs]
     precision, keep = first.precision
     training = {
         "merged": parts,
