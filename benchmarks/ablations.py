@@ -48,13 +48,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "one time per step": {"share": "time"},
     "step by step": {"objective": "stepwise"},
     "squared error": {"loss": "squared"},
+    "absolute error": {"loss": "absolute"},
     "learned coefficients": {"learn": ("coefficients",)},
     "learned points": {"learn": ("points",)},
     "learned both": {"learn": ("points", "coefficients")},
     "iPNDM-2": {"solver": "ipndm-2"},
     "DPM-Solver++ 2M": {"solver": "dpmpp-2m"},
     "image alone": {"intermediate": 0.0},
-    "features of the image": {"feature_weight": 0.01},
+    "features of the image": {"feature_weight": 0.3},
     "lr / 2.5": {"lr": 0.4},
     "lr x 2": {"lr": 2.0},
     "half the trajectories": {"trajectories": 0.5},
@@ -70,6 +71,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "one time, learned both": {"share": "time", "learn": ("points", "coefficients")},
     "squared error, learned both": {"loss": "squared", "learn": ("points", "coefficients")},
     "squared error, DPM-Solver++ 2M": {"solver": "dpmpp-2m", "loss": "squared"},
+    "absolute error, DPM-Solver++ 2M": {"solver": "dpmpp-2m", "loss": "absolute"},
+    "absolute error, teacher: DDIM, 20 evaluations": {"loss": "absolute", "teacher": "euler", "teacher_evaluations": 20},
+    "DPM-Solver++ 2M, teacher: DDIM, 20 evaluations": {"solver": "dpmpp-2m", "teacher": "euler", "teacher_evaluations": 20},
+    "absolute error, DPM-Solver++ 2M, teacher: DDIM, 20 evaluations": {
+        "solver": "dpmpp-2m",
+        "loss": "absolute",
+        "teacher": "euler",
+        "teacher_evaluations": 20,
+    },
+    "features of the image, DPM-Solver++ 2M": {"solver": "dpmpp-2m", "feature_weight": 0.3},
     "iPNDM-2, learned both": {"solver": "ipndm-2", "learn": ("points", "coefficients")},
 }
 """Name -> what differs from the defaults; ``lr`` and ``trajectories`` as factors on those."""
@@ -110,6 +121,7 @@ class Laboratory:
         self.adapter = load_backbone(self.model)
         self.work = args.output.with_suffix("")
         self.classifier: Classifier | None = load(args.classifier) if args.classifier else None
+        self.taught_by: Classifier | None = load(args.features) if args.features else None
         self.real: Statistics | None = None
         facts: dict[str, Any] = {}
         if self.classifier is not None:
@@ -162,9 +174,9 @@ class Laboratory:
         return figures
 
     def features(self, found: Images) -> Images:
-        """The classifier's, for the variant that learns from them."""
-        assert self.classifier is not None
-        return self.classifier.requires_grad_(False).eval().features(found)
+        """For the variants that learn from them: another classifier's than that which measures."""
+        assert self.taught_by is not None
+        return self.taught_by.features(found.clamp(-1, 1))
 
     def measure(self, name: str, steps: int, seed: int) -> dict[str, Any]:
         """Learn one variant and measure it."""
@@ -201,7 +213,7 @@ class Laboratory:
         for seed in self.args.seeds:
             for steps in self.args.steps:
                 for name in self.args.variants:
-                    if (name, steps, seed) in done or (VARIANTS[name].get("feature_weight") and self.classifier is None):
+                    if (name, steps, seed) in done or (VARIANTS[name].get("feature_weight") and self.taught_by is None):
                         continue
                     row = self.measure(name, steps, seed)
                     self.data["rows"].append(row)
@@ -254,6 +266,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="of torch [default: its own choice]")
     parser.add_argument("--classifier", type=Path, help="file that examples/train_classifier.py wrote")
     parser.add_argument("--data", type=Path, nargs="+", default=[], help="npz files of real images, with --classifier")
+    parser.add_argument("--features", type=Path, help="classifier of another seed, whose features are learned from")
     args = parser.parse_args()
     if (args.classifier is None) != (not args.data):
         parser.error("expected --classifier and --data together")

@@ -4,8 +4,8 @@ Every sampler starts from the same noise, runs on the same frozen backbone in ON
 features: plain solvers (all of them, screened on fewer images; the best of each count goes on), the neighbours of
 `neighbours.py`, MTEO (on every solver that there is a set for, screened in the same way), and the reference trajectory. A
 figure is a line of OUTPUT/figures.jsonl, so a stopped run loses at most one, and another machine can go on with the file;
-it names the backbone, the classifier and the embedding set that it is of. Bundles, neighbours and reference images are kept
-under WORK and not made again.
+it names the backbone, the classifier and what was learned (the embedding set, a neighbour's numbers) that it is of. What
+neighbours learned are lines of OUTPUT/neighbours.jsonl. Bundles and reference images are kept under WORK and not made again.
 
     python benchmarks/results.py DATA --work runs/results -o docs/results      # DATA/mnist_train.npz, DATA/mnist_test.npz
 """
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from neighbours import METHODS, Budget, Neighbour, learn, numbers, restore
 from numpy.typing import NDArray
-from quality import Statistics, classify, frechet_distance, load, mean_squared_error, measure, real_statistics, write
+from quality import Statistics, classify, digest, frechet_distance, load, mean_squared_error, measure, real_statistics, write
 from results_page import write_page
 from rich.console import Console
 from train_backbone import load_images
@@ -55,7 +55,7 @@ class Way:
     """One way to images: ``method`` with ``detail`` (which solver), at a number of evaluations.
 
     Attributes:
-        embeddings: which set, by the beginning of its SHA-256; empty where there is none.
+        embeddings: what was learned, by the beginning of the SHA-256 of the set or of a neighbour's numbers; or empty.
         teacher: what the set learned from (:func:`taught`).
     """
 
@@ -77,11 +77,11 @@ def taught(training: dict[str, Any]) -> str:
     return "{solver} ({evaluations})".format(**training["reference"]) + begun
 
 
-class Figures:
-    """Finished measurements, one JSON line each.
+class Lines:
+    """What is finished, one JSON line each.
 
     Args:
-        made_by: the backbone and the classifier that figures are of: part of every line, and lines of others are left alone.
+        made_by: what all lines are of (backbone, classifier): part of every line, and lines of others are left alone.
     """
 
     def __init__(self, path: Path, made_by: dict[str, str]) -> None:
@@ -113,7 +113,8 @@ class Laboratory:
         self.real, self.facts = real_statistics(self.classifier, [args.data / "mnist_test.npz"], 0)
         self.facts["train"] = self._of_training_images()
         made_by = {"backbone": self.adapter.fingerprint()[:12], "classifier": sha256_file(args.classifier)[:12]}
-        self.figures = Figures(args.output / "figures.jsonl", made_by)
+        self.figures = Lines(args.output / "figures.jsonl", made_by)
+        self.neighbours = Lines(args.output / "neighbours.jsonl", {"backbone": made_by["backbone"]})
         # any bundle has the graph with ordinary time conditioning; the reference is that of the fewest steps, whatever is asked
         count = min((int(name.rpartition("-")[2]) for name in assets.embedding_sets(args.model)), default=min(args.counts))
         self.conditioned = Sampler.load(self.bundle(count, next(iter(self.sets(count)))))
@@ -200,11 +201,7 @@ class Laboratory:
 
     def neighbour(self, method: str, count: int) -> Way:
         """The better of Euler and iPNDM below it, by the loss it was trained to; learned once."""
-        path = self.args.work / "neighbours" / f"{method.replace(' ', '-')}-{count}.json"
-        if not path.exists():
-            found = [self._learn(method, count, order) for order in range(1, min(count, 3) + 1)]
-            write(path, lambda temporary: temporary.write_text(json.dumps(found)))
-        best = min(json.loads(path.read_text(encoding="utf-8")), key=lambda one: one["loss"])
+        best = min((self._learned(method, count, order) for order in range(1, min(count, 3) + 1)), key=lambda one: one["loss"])
         student = restore(self._student(method, count, best["order"]), best["numbers"]).eval()
 
         @torch.no_grad()
@@ -212,26 +209,29 @@ class Laboratory:
             return student(torch.from_numpy(noise), self.network).numpy()
 
         learned = sum(parameter.numel() for parameter in student.parameters())
-        return Way(method, "euler" if best["order"] == 1 else f"ipndm-{best['order']}", count, draw, learned, best["seconds"])
+        solver = "euler" if best["order"] == 1 else f"ipndm-{best['order']}"
+        return Way(method, solver, count, draw, learned, best["seconds"], digest(best["numbers"]))
 
     def _student(self, method: str, count: int, order: int) -> Neighbour:
         return METHODS[method](self.adapter.levels, self.adapter.compile_plan(count).sigmas, order)
 
-    def _learn(self, method: str, count: int, order: int) -> dict[str, Any]:
+    def _learned(self, method: str, count: int, order: int) -> dict[str, Any]:
+        """The line of a neighbour on one solver, of this budget."""
+        args = self.args
+        key = {"method": method, "evaluations": count, "order": order}
+        key |= {"trajectories": args.trajectories, "iterations": args.neighbour_iterations}
+        if (found := self.neighbours.find(**key)) is not None:
+            return found
         noise, images = self.trajectories()
         student, clock = self._student(method, count, order), time.monotonic()
 
         def network(state: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
             return self.adapter(state, *self.adapter.embeddings(timestep.reshape(1)))
 
-        losses = learn(student, network, noise, images, Budget(iterations=self.args.neighbour_iterations))
-        return {
-            "order": order,
-            "loss": float(np.mean(losses[-20:])),
-            "first_loss": losses[0],
-            "seconds": round(time.monotonic() - clock, 1),
-            "numbers": numbers(student),
-        }
+        losses = learn(student, network, noise, images, Budget(iterations=args.neighbour_iterations))
+        found = {"first_loss": losses[0], "loss": float(np.mean(losses[-20:])), "seconds": round(time.monotonic() - clock, 1)}
+        self.console.print(f"{method}, {count} evaluations, order {order}: loss {losses[0]:.4f} -> {found['loss']:.4f}")
+        return self.neighbours.add({**key, **found, "numbers": numbers(student)})
 
     def trajectories(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Noise and images that the neighbours learn from, ``[count, ...]``."""

@@ -189,17 +189,18 @@ def test_stepwise_gradients_stop_at_time_points(solver: str, tiny_adapter: Adapt
     assert reach == {"end-to-end": [True] * 3 * each, "stepwise": [False] * 2 * each + [True] * each}
 
 
-def test_pseudo_huber() -> None:
+def test_losses() -> None:
     a, b = torch.randn(2, 3, 1, 8, 8, generator=torch.Generator().manual_seed(0)).double()
     d = 64
     c = 0.00054 * math.sqrt(d)
     expected = np.mean([math.sqrt(float((x - y).square().sum()) + c * c) - c for x, y in zip(a, b, strict=True)])
     assert float(losses.distance("pseudo-huber", a, b)) == pytest.approx(expected / math.sqrt(d), rel=1e-12)
     assert float(losses.distance("squared", a, b)) == pytest.approx(float((a - b).square().mean()), rel=1e-12)
+    assert float(losses.distance("absolute", a, b)) == pytest.approx(float((a - b).abs().mean()), rel=1e-12)
 
 
 def test_features_of_the_image_count(tiny_model: Path, cache: Path, tmp_path: Path) -> None:
-    """Their squared error with its weight, beside the state's; the reference's features get no gradient; they are asked for."""
+    """Their distance with its weight, beside the state's; the reference's features get no gradient; they are asked for."""
     states = [torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(i)).requires_grad_() for i in range(2)]
     targets = torch.randn(2, 4, 1, 8, 8, generator=torch.Generator().manual_seed(2)).requires_grad_()
     asked: list[torch.Size] = []
@@ -258,7 +259,7 @@ def test_init(tiny_model: Path, cache: Path, tmp_path: Path) -> None:
     [
         ({"share": "all"}, "--share out of none, step, time; found 'all'"),
         ({"objective": "both"}, "--objective out of end-to-end, stepwise"),
-        ({"loss": "l1"}, "--loss out of squared, pseudo-huber"),
+        ({"loss": "l1"}, "--loss out of squared, pseudo-huber, absolute"),
         ({"learn": ("weights",)}, "--learn out of points, coefficients; found 'weights'"),
         ({"teacher": "rk4"}, "expected a solver out of"),
         ({"teacher_evaluations": 0}, "--teacher-evaluations of 1 or more; found 0"),

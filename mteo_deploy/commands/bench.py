@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from mteo_deploy.commands.common import PATH, device_option, emit, integers, json_option, quiet_option, show_table, verb
+from mteo_deploy.commands.common import PATH, device_option, emit, json_option, quiet_option, show_table, split_numbers, verb
 
 
 @click.command()
@@ -36,7 +36,7 @@ def bench(bundles: tuple[Path, ...], batch: str, outputs: tuple[Path, ...], as_j
     from mteo_deploy.tradeoff import COLUMNS, check_tradeoff_outputs
 
     check_tradeoff_outputs(outputs)
-    found = run(bundles, batch=integers("--batch", batch), quiet=quiet or as_json, **options)
+    found = run(bundles, batch=split_numbers("--batch", batch, int), quiet=quiet or as_json, **options)
     for output in outputs:
         found.save(output)
     if as_json:

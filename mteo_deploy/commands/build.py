@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from mteo_deploy.commands.common import PATH, emit, integers, json_option, named_values, quiet_option, verb
+from mteo_deploy.commands.common import PATH, emit, json_option, named_values, quiet_option, split_numbers, verb
 
 
 @click.command()
@@ -41,7 +41,7 @@ def build(bundle: Path, batch: str | None, given: tuple[str, ...], as_json: bool
     """
     from mteo_deploy.engines.build import build as run
 
-    sizes = [] if batch is None else integers("--batch", batch)
+    sizes = [] if batch is None else split_numbers("--batch", batch, int)
     directory = run(bundle, batch=sizes, engine_options=named_values("--option", given), quiet=quiet or as_json, **options)
     record = json.loads((directory / "engine.json").read_text())
     if as_json:

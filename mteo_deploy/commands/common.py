@@ -8,13 +8,14 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
 from mteo_deploy.errors import InputError, MteoError
 
 PATH = click.Path(path_type=Path)
+Number = TypeVar("Number", int, float)
 
 
 def verb(function: Callable[..., None]) -> Callable[..., None]:
@@ -57,18 +58,13 @@ def show_table(title: str, columns: list[str], rows: list[list[str]], words: int
     console.print(table)
 
 
-def integers(option: str, text: str) -> list[int]:
+def split_numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
+    """``kind`` is int or float."""
     try:
-        return [int(part) for part in text.split(",")]
+        return [kind(part) for part in text.split(",")]
     except ValueError:
-        raise InputError(f"expected {option} as integers, by comma; found {text!r}") from None
-
-
-def numbers(option: str, text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise InputError(f"expected {option} as numbers, by comma; found {text!r}") from None
+        wanted = "integers" if kind is int else "numbers"
+        raise InputError(f"expected {option} as {wanted}, by comma; found {text!r}") from None
 
 
 def split_names(text: str) -> list[str]:

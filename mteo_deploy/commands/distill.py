@@ -47,7 +47,7 @@ from mteo_deploy.commands.common import (
 @click.option("--teacher-evaluations", type=int, help="Evaluations of a reference trajectory, at least [default: about 36].")
 @click.option("--share", default="none", show_default=True, help="none: a vector per site; step: a vector; time: a number.")
 @click.option("--objective", default="end-to-end", show_default=True, help="end-to-end or stepwise.")
-@click.option("--loss", default="pseudo-huber", show_default=True, help="pseudo-huber or squared.")
+@click.option("--loss", default="pseudo-huber", show_default=True, help="pseudo-huber, squared or absolute.")
 @click.option("--learn", default="", help="Of the plan, too: points, coefficients, by comma [default: neither].")
 @click.option("--init", type=PATH, help="Embedding set to start from, perhaps another backbone's.")
 @click.option("--cache", type=PATH, help="Directory that keeps reference trajectories, not in memory, also for the next run.")

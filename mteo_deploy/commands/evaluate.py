@@ -13,11 +13,11 @@ from mteo_deploy.commands.common import (
     device_option,
     emit,
     engine_option,
-    integers,
     json_option,
     quiet_option,
     realisation_option,
     show_table,
+    split_numbers,
     verb,
 )
 
@@ -49,7 +49,7 @@ def evaluate(bundle: Path, data: Path, seeds: str, as_json: bool, quiet: bool, *
     """
     from mteo_deploy.evaluation import evaluate as run
 
-    found = run(bundle, data, seeds=integers("--seeds", seeds), quiet=quiet or as_json, **options)
+    found = run(bundle, data, seeds=split_numbers("--seeds", seeds, int), quiet=quiet or as_json, **options)
     if as_json:
         emit(found.to_json())
         return

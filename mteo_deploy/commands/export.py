@@ -11,13 +11,13 @@ from mteo_deploy.commands.common import (
     PATH,
     backbone_options,
     emit,
-    integers,
     json_option,
     null_class_option,
     open_backbone,
     quiet_option,
     show_table,
     split_names,
+    split_numbers,
     verb,
 )
 from mteo_deploy.inspection import KINDS, TRIED, kind_rows, layer_fates, tried_rows
@@ -88,7 +88,7 @@ def export(
 
     options |= {"realisations": realisations} if realisations else {}
     options["dynamic"] = None if dynamic is None else split_names(dynamic)
-    options["batch"] = [] if batch is None else integers("--batch", batch)
+    options["batch"] = [] if batch is None else split_numbers("--batch", batch, int)
     options["keep"] = [] if keep is None else split_names(keep)
     options["model"] = open_backbone(model, adapter, size, tokens, lora, controlnet)
     common: dict[str, Any] = {**options, "passes": split_names(passes), "quiet": quiet or as_json}

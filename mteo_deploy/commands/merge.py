@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mteo_deploy.commands.common import PATH, emit, json_option, numbers, verb
+from mteo_deploy.commands.common import PATH, emit, json_option, split_numbers, verb
 
 
 @click.command()
@@ -24,7 +24,7 @@ def merge(sets: tuple[Path, ...], weights: str | None, output: Path, as_json: bo
     """
     from mteo_deploy.embeddings import merge as run
 
-    merged = run(sets, output, None if weights is None else numbers("--weights", weights))
+    merged = run(sets, output, None if weights is None else split_numbers("--weights", weights, float))
     if as_json:
         emit({"output": str(output), "sha256": merged.sha256(), **merged.training})
         return

@@ -12,11 +12,11 @@ from mteo_deploy.commands.common import (
     device_option,
     emit,
     engine_option,
-    integers,
     json_option,
     parse_size,
     quiet_option,
     realisation_option,
+    split_numbers,
     verb,
 )
 
@@ -80,7 +80,7 @@ def sample(
 
     images.check_output(output)
     requests: dict[str, Any] = {} if request_file is None else given.read(request_file)
-    requests |= {} if class_labels is None else {"class_labels": integers("--class-labels", class_labels)}
+    requests |= {} if class_labels is None else {"class_labels": split_numbers("--class-labels", class_labels, int)}
     requests |= {} if guidance_scale is None else {given.GUIDANCE_SCALE: guidance_scale}
     shape = None if size is None else parse_size(size)
     with Sampler.load(bundle, **options) as sampler, reporter(quiet or as_json) as report:

@@ -16,11 +16,13 @@ C = 0.00054
 
 
 def distance(loss: str, state: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean over a batch ``[batch, ...]`` of the squared error per element, or of the pseudo-Huber distance.
+    """Mean over a batch ``[batch, ...]`` of the squared or absolute error per element, or of the pseudo-Huber distance.
 
-    The latter is ``sqrt(|a - b|^2 + c^2) - c`` with ``c = 0.00054 sqrt(d)`` for images of d elements (Song & Dhariwal 2023,
+    The last is ``sqrt(|a - b|^2 + c^2) - c`` with ``c = 0.00054 sqrt(d)`` for images of d elements (Song & Dhariwal 2023,
     arXiv 2310.14189, eq. 8 and section 3.3), here over sqrt(d): one scale, whatever the size of the images.
     """
+    if loss == "absolute":
+        return (state - target).abs().mean()
     squared = (state - target).square().flatten(1).mean(1)
     return (squared if loss == "squared" else (squared + C**2).sqrt() - C).mean()
 
@@ -33,7 +35,7 @@ def objective(
     Args:
         states: after every evaluation, ``[batch, ...]`` each.
         targets: the reference trajectory's states at the plan's time points, ``[steps, batch, ...]``.
-        features: of images, whose squared error counts with the recipe's ``feature_weight``.
+        features: of images, whose distance counts with the recipe's ``feature_weight``.
     """
     reached = [s for s, e in zip(states, plan.evaluations, strict=True) if e.time_point is not None]
     errors = [distance(recipe.loss, state, target) for state, target in zip(reached, targets, strict=True)]
@@ -43,5 +45,5 @@ def objective(
     if features is not None:
         with torch.no_grad():
             wanted = features(targets[-1])
-        total = total + recipe.feature_weight * distance("squared", features(reached[-1]), wanted)
+        total = total + recipe.feature_weight * distance(recipe.loss, features(reached[-1]), wanted)
     return total

@@ -11,7 +11,7 @@ from mteo_deploy.plan import Plan, default_substeps
 
 SHARES = ("none", "step", "time")
 OBJECTIVES = ("end-to-end", "stepwise")
-LOSSES = ("squared", "pseudo-huber")
+LOSSES = ("squared", "pseudo-huber", "absolute")
 LEARNABLE = ("points", "coefficients")
 WEIGHTS = ("fp32", "bf16")
 PRECISIONS = ("fp32", "int8", "fp8")
@@ -38,9 +38,9 @@ class Recipe:
             ``time``, one number, the time at which the pretrained embedding is taken.
         objective: ``end-to-end``, the loss on the image through all evaluations; ``stepwise``, that of each step from the
             student's own state, through which no gradient goes.
-        loss: ``pseudo-huber`` (Song & Dhariwal 2023, eq. 8), or ``squared`` error. An image that ends elsewhere
-            pulls with its distance in the first, with the square of it in the second.
-        feature_weight: weight of the squared error between features of the images, for ``distill(features=...)``.
+        loss: ``pseudo-huber`` (Song & Dhariwal 2023, eq. 8), or ``squared`` or ``absolute`` error. An image that ends elsewhere
+            pulls with its distance in the first, with the square of it in the second; in the third so does every pixel.
+        feature_weight: weight of the same distance between features of the images, for ``distill(features=...)``.
         learn: numbers of the plan learned beside the embeddings, out of ``points`` (the time points between first and last)
             and ``coefficients`` (of the solver's updates).
         precision: of the network that the embeddings are learned against: ``int8`` or ``fp8`` as ``export`` writes them, fake

@@ -100,7 +100,7 @@ def distill(
             which trajectories draw rows. None draws at random, which only class labels allow.
         init: an embedding set to start from, of as many evaluations and the same sites; it may be another backbone's, such as
             this one's before it was trained further.
-        features: images ``[batch, channels, height, width]`` to features, differentiable and on ``device``, whose squared error
+        features: images ``[batch, channels, height, width]`` to features, differentiable and on ``device``, whose distance
             counts with the recipe's ``feature_weight``.
         cache: a directory that keeps reference trajectories for runs that share them, mapped, not in memory; None: nothing is
             kept.
