@@ -41,6 +41,9 @@ Images = torch.Tensor
 HELD_OUT_SEED = 5_000_000
 
 DEFAULTS = "per step and site (MTEO)"
+DDIM_20 = {"teacher": "euler", "teacher_evaluations": 20}
+COEFFICIENTS = {"learn": ("coefficients",)}
+ABSOLUTE_2M = {"solver": "dpmpp-2m", "loss": "absolute", **DDIM_20}
 
 VARIANTS: dict[str, dict[str, Any]] = {
     DEFAULTS: {},
@@ -61,7 +64,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "half the trajectories": {"trajectories": 0.5},
     "teacher: DPM-Solver-2": {"teacher": "dpm-solver-2"},
     "teacher: DDIM": {"teacher": "euler"},
-    "teacher: DDIM, 20 evaluations": {"teacher": "euler", "teacher_evaluations": 20},
+    "teacher: DDIM, 20 evaluations": DDIM_20,
     "teacher: half the evaluations": {"teacher_evaluations": 18},
     "logSNR points": {"schedule": "logsnr"},
     "time-uniform points": {"schedule": "time-uniform"},
@@ -72,13 +75,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "squared error, learned both": {"loss": "squared", "learn": ("points", "coefficients")},
     "squared error, DPM-Solver++ 2M": {"solver": "dpmpp-2m", "loss": "squared"},
     "absolute error, DPM-Solver++ 2M": {"solver": "dpmpp-2m", "loss": "absolute"},
-    "absolute error, teacher: DDIM, 20 evaluations": {"loss": "absolute", "teacher": "euler", "teacher_evaluations": 20},
-    "DPM-Solver++ 2M, teacher: DDIM, 20 evaluations": {"solver": "dpmpp-2m", "teacher": "euler", "teacher_evaluations": 20},
-    "absolute error, DPM-Solver++ 2M, teacher: DDIM, 20 evaluations": {
-        "solver": "dpmpp-2m",
-        "loss": "absolute",
-        "teacher": "euler",
-        "teacher_evaluations": 20,
+    "absolute error, teacher: DDIM, 20 evaluations": {"loss": "absolute", **DDIM_20},
+    "absolute error, teacher: DDIM, 20 evaluations, learned coefficients": {"loss": "absolute", **DDIM_20, **COEFFICIENTS},
+    "teacher: DDIM, 20 evaluations, learned coefficients": {**DDIM_20, **COEFFICIENTS},
+    "DPM-Solver++ 2M, teacher: DDIM, 20 evaluations": {"solver": "dpmpp-2m", **DDIM_20},
+    "DPM-Solver++ 2M, teacher: DDIM, 20 evaluations, learned coefficients": {"solver": "dpmpp-2m", **DDIM_20, **COEFFICIENTS},
+    "absolute error, DPM-Solver++ 2M, teacher: DDIM, 20 evaluations": ABSOLUTE_2M,
+    "absolute error, DPM-Solver++ 2M, teacher: DDIM, 20 evaluations, learned coefficients": {**ABSOLUTE_2M, **COEFFICIENTS},
+    "one time, absolute error, DPM-Solver++ 2M, teacher: DDIM, 20 evaluations, learned coefficients": {
+        "share": "time",
+        **ABSOLUTE_2M,
+        **COEFFICIENTS,
     },
     "features of the image, DPM-Solver++ 2M": {"solver": "dpmpp-2m", "feature_weight": 0.3},
     "iPNDM-2, learned both": {"solver": "ipndm-2", "learn": ("points", "coefficients")},
@@ -99,12 +106,13 @@ def arranged(variant: dict[str, Any], recipe: Recipe) -> tuple[dict[str, str], R
 
 @torch.no_grad()
 def images(adapter: Adapter, found: EmbeddingSet, noise: Images, batch: int, plain: bool = False) -> Images:
-    """What a set draws from noise; ``plain``: its plan with the pretrained embeddings."""
-    base = adapter.embeddings(torch.tensor([e.timestep for e in found.plan.evaluations], dtype=torch.float32))
+    """What a set draws from noise; ``plain``: the plan as it was, with the pretrained embeddings."""
+    plan = found.plain_plan if plain else found.plan
+    base = adapter.embeddings(torch.tensor([e.timestep for e in plan.evaluations], dtype=torch.float32))
     deltas = [torch.from_numpy(found.deltas[site.name]) * (not plain) for site in adapter.sites]
     rows = [b + d for b, d in zip(base, deltas, strict=True)]
     parts = noise.split(batch)
-    return torch.cat([run(found.plan, part, lambda i, y: adapter(y, *[r[i : i + 1] for r in rows]))[-1] for part in parts])
+    return torch.cat([run(plan, part, lambda i, y: adapter(y, *[r[i : i + 1] for r in rows]))[-1] for part in parts])
 
 
 def mean(name: str, values: NDArray[np.float64]) -> dict[str, float]:

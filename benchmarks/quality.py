@@ -1,8 +1,8 @@
 """Image quality of bundles: Fréchet distance, recognisable share and error against the reference trajectory.
 
-Three samplers run from the same noise in the same engine: MTEO (the bundle), plain (the bundle's plan on the backbone
-with ordinary time conditioning) and the reference trajectory. So what differs between plain and MTEO is the embedding
-set, and how far the reference is from the data is the backbone's own share of the distance.
+Three samplers run from the same noise in the same engine: MTEO (the bundle), plain (its plan, as it was before any of its
+numbers was learned, on the backbone with ordinary time conditioning) and the reference trajectory. So what differs between
+plain and MTEO is what was learned, and how far the reference is from the data is the backbone's own share of the distance.
 
 Images are clipped to [-1, 1] before anything is measured: that is the image a user saves. The Fréchet distance is biased
 upwards by finite samples, more so for fewer; compare figures of one ``--num`` and one classifier file only. The share
@@ -151,7 +151,7 @@ class Benchmark:
         bundle, plan = sampler.bundle, sampler.bundle.plan
         label = f"{len(plan.evaluations)} evaluations, {plan.solver}"
         mteo, mteo_seconds = self.sample(f"MTEO ({label})", sampler)
-        plain, plain_seconds = self.sample(f"plain ({label})", lambda **how: sampler.conditioned(plan, **how))
+        plain, plain_seconds = self.sample(f"plain ({label})", lambda **how: sampler.conditioned(bundle.plain_plan, **how))
         found = {name: measure(self.classifier, images, self.real) for name, images in (("mteo", mteo), ("plain", plain))}
         for name, images, seconds in (("mteo", mteo, mteo_seconds), ("plain", plain, plain_seconds)):
             found[name] |= {"mse": mean_squared_error(images, reference), "seconds": round(seconds, 2)}

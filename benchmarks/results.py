@@ -74,7 +74,8 @@ def taught(training: dict[str, Any]) -> str:
     if "merged" in training:
         return " + ".join(f"{part['weight']:g} x {taught(part['training'])}" for part in training["merged"])
     begun = ", begun with another set" if "init" in training else ""
-    return "{solver} ({evaluations})".format(**training["reference"]) + begun
+    learned = "".join(f", {name} learned" for name in training["recipe"].get("learn", ()))
+    return "{solver} ({evaluations})".format(**training["reference"]) + learned + begun
 
 
 class Lines:
@@ -196,7 +197,7 @@ class Laboratory:
         """On every solver that there is a set for."""
         for solver, path in self.sets(count).items():
             sampler, found = Sampler.load(self.bundle(count, solver)), EmbeddingSet.load(path)
-            learned, seconds = found.parameters, found.training["seconds"]
+            learned, seconds = found.training["parameters"], found.training["seconds"]
             yield Way("MTEO", solver, count, sampler.image, learned, seconds, sha256_file(path)[:12], taught(found.training))
 
     def neighbour(self, method: str, count: int) -> Way:

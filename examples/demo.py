@@ -44,7 +44,7 @@ def main() -> int:
         bundle = mteo_deploy.export(directory, steps=steps)
         mteo_deploy.build(bundle)
         sampler = mteo_deploy.Sampler.load(directory)
-        rows += [sampler.conditioned(bundle.plan, **draw), sampler(**draw)]
+        rows += [sampler.conditioned(bundle.plain_plan, **draw), sampler(**draw)]
         names += [f"plain solver, {steps} evaluations", f"MTEO, {steps} evaluations"]
         reports.append(mteo_deploy.verify(sampler, seconds=2))
     with reporter() as report:

@@ -66,14 +66,14 @@ class Candidate:
     def images(self, sampler: Sampler, num: int, seed: int, requests: Arrays) -> Array:
         """``num`` images, and no state kept."""
         if self.plain:
-            return sampler.conditioned(self.bundle.plan, num, seed, PER_CALL, requests=requests, latents=True)
+            return sampler.conditioned(self.bundle.plain_plan, num, seed, PER_CALL, requests=requests, latents=True)
         return sampler(num, seed, PER_CALL, requests=requests, latents=True)
 
     def sampling(self, sampler: Sampler, batch: int, seed: int) -> Callable[[], object]:
         """One batch from noise to images, to be timed."""
         noise, given = noise_for(self.bundle.sample_shape, seed, range(batch)), self.bundle.reference_requests(batch)
         if self.plain:
-            return lambda: sampler.conditioned_states(self.bundle.plan, noise, given)
+            return lambda: sampler.conditioned_states(self.bundle.plain_plan, noise, given)
         return lambda: sampler.image(noise, given)
 
 

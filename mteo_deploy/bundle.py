@@ -139,6 +139,12 @@ class Bundle:
         return Plan.from_json(self.manifest["plan"])
 
     @cached_property
+    def plain_plan(self) -> Plan:
+        """The plan before any of its numbers was learned: the plain solver, on the backbone with ordinary time conditioning."""
+        start = self.manifest["embeddings"]["training"].get("plain_plan")
+        return self.plan if start is None else Plan.from_json(start)
+
+    @cached_property
     def reference_plan(self) -> Plan:
         """The plan of the reference trajectory, to be run on the backbone with ordinary time conditioning."""
         return Plan.from_json(self.manifest["reference"]["plan"])

@@ -48,6 +48,12 @@ class EmbeddingSet:
         return sum(delta.size for delta in self.deltas.values())
 
     @property
+    def plain_plan(self) -> Plan:
+        """The plan before any of its numbers was learned."""
+        start = self.training.get("plain_plan")
+        return self.plan if start is None else Plan.from_json(start)
+
+    @property
     def guidance(self) -> tuple[float | None, int | None]:
         """Scale of classifier-free guidance and label of no class that the set was learned with; None for none."""
         found = self.training.get("guidance") or {}
@@ -148,8 +154,8 @@ def merge(
         weights: one for each set; None for their mean.
 
     Returns:
-        The set; its ``training`` holds the weight, the hash and the training of each (``merged``), and what ``export`` asks a
-        set for: guidance and precision.
+        The set; its ``training`` holds the weight, the hash and the training of each (``merged``), and what a bundle asks a
+        set for: guidance, precision and the plan before it was learned.
 
     Raises:
         InputError: for no set, weights that are not one finite number for each set, or sets of different backbones, plans,
@@ -179,8 +185,9 @@ def merge(
         "merged": parts,
         "recipe": {"precision": precision, "keep": list(keep)},
         "guidance": first.training.get("guidance"),
-        "parameters": first.parameters,
+        "parameters": first.training.get("parameters", first.parameters),
         "seconds": sum(one.training.get("seconds", 0.0) for one in found),
+        **({"plain_plan": first.training["plain_plan"]} if "plain_plan" in first.training else {}),
     }
     merged = EmbeddingSet(deltas, first.plan, first.backbone, training)
     if output is not None:

@@ -150,8 +150,9 @@ def _ways(sampler: Sampler) -> dict[str, tuple[Any, Draw]]:
     def conditioned(plan: Any) -> Draw:
         return lambda noise, given: sampler.conditioned_states(plan, noise, given)[-1]
 
-    plan, reference = sampler.plan, sampler.reference_plan
-    return {REFERENCE: (reference, conditioned(reference)), PLAIN: (plan, conditioned(plan)), MTEO: (plan, sampler.image)}
+    plain, reference = sampler.bundle.plain_plan, sampler.reference_plan
+    ways = {REFERENCE: (reference, conditioned(reference)), PLAIN: (plain, conditioned(plain))}
+    return {**ways, MTEO: (sampler.plan, sampler.image)}
 
 
 def _run(

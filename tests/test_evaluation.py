@@ -16,8 +16,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from mteo_deploy import images as pictures
 from mteo_deploy.cli import main
+from mteo_deploy.distillation import Recipe, distill
+from mteo_deploy.engines.build import build
 from mteo_deploy.errors import EngineError, InputError, MissingPackageError
 from mteo_deploy.evaluation import MTEO, PLAIN, REFERENCE, evaluate
+from mteo_deploy.exporters.base import load_backbone
+from mteo_deploy.exporters.export import export
 from mteo_deploy.quality import Statistics, features_of, frechet_distance, gap_closed
 from mteo_deploy.sampler import Sampler
 
@@ -115,6 +119,19 @@ def test_evaluate_is_what_it_says(tiny_bundle: Path, network: Path, data: Path) 
     for name, one in ((MTEO, images), (PLAIN, plain)):
         assert found.samplers[name].error[1] == pytest.approx(np.square(one - reference).mean(), rel=1e-4)
     assert found.samplers[MTEO].frechet[0] != found.samplers[MTEO].frechet[1]
+
+
+def test_plain_is_the_plan_before_its_numbers_were_learned(tiny_model: Path, network: Path, data: Path, tmp_path: Path) -> None:
+    recipe = Recipe(trajectories=8, iterations=3, batch=8, lr=1.0, teacher_evaluations=6, learn=("coefficients",))
+    learned = distill(tiny_model, tmp_path / "e.safetensors", steps=2, recipe=recipe, quiet=True)
+    bundle = export(tmp_path / "b", model=tiny_model, embeddings=learned, realisations=("table",), quiet=True)
+    build(bundle, engine="onnxruntime", realisation="table", threads=1, quiet=True)
+    found = evaluate(bundle.path, data, features=str(network), num=8, batch=8, quiet=True)
+    plans = bundle.reference_plan, load_backbone(tiny_model).compile_plan(2), learned.plan
+    with Sampler.load(bundle.path) as sampler:
+        reference, plain, moved = (sampler.conditioned(plan, num=8, batch=8).clip(-1, 1) for plan in plans)
+    errors = [float(np.square(one - reference).mean()) for one in (plain, moved)]
+    assert found.samplers[PLAIN].error[0] == pytest.approx(errors[0], rel=1e-4) != pytest.approx(errors[1], rel=1e-2)
 
 
 def test_command(tiny_bundle: Path, network: Path, data: Path) -> None:

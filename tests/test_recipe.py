@@ -14,17 +14,19 @@ import torch
 from diffusers import DiTTransformer2DModel
 from helpers import relative, torch_states
 
+from mteo_deploy.benchmarking import bench
 from mteo_deploy.distillation import Recipe, distill, losses, trajectories
 from mteo_deploy.distillation.learned_plan import SCHEDULE, LearnedPlan
 from mteo_deploy.distillation.parallel import Processes, device_of
 from mteo_deploy.distillation.student import Student
 from mteo_deploy.distillation.trajectories import reference_trajectories
-from mteo_deploy.embeddings import EmbeddingSet
+from mteo_deploy.embeddings import EmbeddingSet, merge
 from mteo_deploy.engines.build import build
 from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.base import Adapter, load_backbone, site_dict
 from mteo_deploy.exporters.dit import DiTAdapter
 from mteo_deploy.exporters.export import export
+from mteo_deploy.numerics import relative_error
 from mteo_deploy.plan import compile_plan, run
 from mteo_deploy.sampler import Sampler, noise_for
 from mteo_deploy.schedules import FlowLevels
@@ -158,7 +160,7 @@ def test_one_step_has_no_point_to_learn(tiny_adapter: Adapter) -> None:
 
 
 def test_a_learned_plan_ships(tiny_model: Path, cache: Path, tmp_path: Path) -> None:
-    """Exported and sampled as any other set: the engine's images are torch's."""
+    """Exported and sampled as any other set: the engine's images are torch's. What it is held against keeps its own numbers."""
     recipe = replace(QUICK, share="time", learn=BOTH)
     found = distill(tiny_model, tmp_path / "e.safetensors", steps=2, solver="ipndm-2", recipe=recipe, cache=cache, quiet=True)
     bundle = export(
@@ -167,8 +169,13 @@ def test_a_learned_plan_ships(tiny_model: Path, cache: Path, tmp_path: Path) -> 
     build(bundle, engine="onnxruntime", realisation="table", threads=1, quiet=True)
     adapter = load_backbone(tiny_model)
     expected = torch_states(adapter, found, noise_for(adapter.sample_shape, 3, range(2)))[-1]
+    plain = adapter.compile_plan(2, "ipndm-2")
+    assert bundle.plain_plan == merge([found], weights=[0.5]).plain_plan == plain and bundle.plan.schedule == SCHEDULE
     with Sampler.load(bundle.path) as sampler:
         assert relative(sampler(num=2, seed=3), expected) < 1e-4
+        images, reference = (sampler.conditioned(one, num=4, seed=0, batch=4) for one in (plain, sampler.reference_plan))
+    benched = bench([bundle.path], plain=True, num=4, seconds=0.1, quiet=True)
+    assert [p.error for p in benched.points if p.plain] == [pytest.approx(relative_error(images, reference), rel=1e-5)]
 
 
 # --- objectives and losses ---

@@ -164,6 +164,7 @@ def distill(
         "processes": processes.count,
         **learned,
         **({} if begun is None else {"init": begun}),
+        **({"plain_plan": student.start.to_json()} if recipe.learn else {}),
         **({} if layers is None else {"quantised": {"layers": len(layers.scales), "left_in_float32": layers.left}}),
     }
     result = EmbeddingSet(deltas, student.plan, fingerprint, training)
