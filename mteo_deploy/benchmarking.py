@@ -100,7 +100,7 @@ def bench(
         batch: batch sizes to time.
         seconds: for the times, all batch sizes together.
         num: images for the error.
-        plain: add the bundles' plans on the time-conditioned graph: what one would run without learned embeddings.
+        plain: add the bundles' plain plans on the time-conditioned graph: what one would run with nothing learned.
 
     Raises:
         InputError: for bundles of different backbones or noise ranges, the same one twice, an engine or precision that none

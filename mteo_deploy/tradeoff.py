@@ -33,7 +33,7 @@ class Point:
     """One candidate at one batch size.
 
     Attributes:
-        plain: the bundle's plan on the time-conditioned graph, nothing learned: what one would run instead.
+        plain: the bundle's plain plan on the time-conditioned graph, nothing learned: what one would run instead.
         error: of the images against the reference trajectory's; None where they are not finite.
         p50: median time of one batch, in milliseconds.
         ratio: to the fastest candidate at this batch size, median over the rounds, with its 95 % bootstrap interval.
