@@ -1,7 +1,7 @@
 """Other lightweight ways to few-step sampling on the same frozen backbone, learned from the same reference trajectories.
 
 Each adds a few numbers to a plain multistep solver and changes no weight; each is written after its paper's idea, not its
-code, and trained here as MTEO is: end to end, the pseudo-Huber distance of the last state, Adam.
+code, and trained here as the packaged sets are: end to end, the mean absolute error of the last state, Adam.
 
 - scalar time: the time told to the network and a factor on its direction, per evaluation. After TimeTuner (Xia et al. 2023,
   arXiv 2310.09469) and the scalings of AMED-Plugin (Zhou et al. 2023, arXiv 2312.00094).
@@ -166,7 +166,7 @@ def learn(student: Neighbour, network: Network, noise: torch.Tensor, images: tor
     for iteration in range(budget.iterations):
         generator = torch.Generator().manual_seed(budget.seed * 1_000_003 + iteration)
         rows = torch.randint(len(noise), (budget.batch,), generator=generator)
-        loss = distance("pseudo-huber", student(noise[rows], network), images[rows])
+        loss = distance("absolute", student(noise[rows], network), images[rows])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
