@@ -65,6 +65,8 @@ def embeddings(args: argparse.Namespace, count: int, which: str) -> Path:
             args.lr,
             teacher=before["teacher"],
             teacher_evaluations=before["teacher_evaluations"],
+            loss=before["loss"],
+            learn=tuple(before["learn"]),
             precision=which,
         )
         distill(assets.MODEL, path, steps=count, solver=found.plan.solver, recipe=recipe, init=packaged, cache=args.cache)

@@ -250,6 +250,13 @@ def test_init(tiny_model: Path, cache: Path, tmp_path: Path) -> None:
     assert second.training["error_before"] == pytest.approx(first.training["error_after"], rel=1e-5)
     assert second.training["init"] == {"sha256": first.sha256(), "backbone": "f" * 64}
     assert second.backbone == first.backbone
+    learning = replace(QUICK, learn=("coefficients",), lr=1.0)
+    moved = distill(tiny_model, tmp_path / "d.safetensors", steps=2, recipe=learning, cache=cache, quiet=True)
+    for options, taken in (({}, True), ({"learn": ("coefficients",)}, True), ({"learn": ("points",)}, False)):
+        recipe = replace(go_on, **options)
+        third = distill(tiny_model, path, steps=2, recipe=recipe, init=tmp_path / "d.safetensors", cache=cache, quiet=True)
+        assert (third.training["error_before"] == pytest.approx(moved.training["error_after"], rel=1e-5)) is taken
+        assert third.plain_plan == moved.plain_plan == first.plan
     for options, steps, message in (
         ({"share": "step"}, 2, "--share none with --init"),
         ({}, 3, "set of 3 evaluations; found 2; pass --steps"),

@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 
+from mteo_deploy.distillation.learned_plan import SCHEDULE
 from mteo_deploy.distillation.losses import Features
 from mteo_deploy.distillation.parallel import Processes, device_of
 from mteo_deploy.distillation.placement import Use, placed
 from mteo_deploy.distillation.recipe import DEFAULT, Recipe
-from mteo_deploy.distillation.student import Student, check_start
+from mteo_deploy.distillation.student import Student, check_start, start_plan
 from mteo_deploy.distillation.training import error, train
 from mteo_deploy.distillation.trajectories import Trajectories, digest, reference_trajectories
 from mteo_deploy.embeddings import EmbeddingSet
@@ -126,12 +127,14 @@ def distill(
     processes = Processes(device_of(device))
     loaded = model if isinstance(model, Adapter) else load_backbone(Path(model))
     adapter = guided(loaded, guidance_scale, null_class)
-    plan, fingerprint = adapter.compile_plan(steps, solver, schedule), adapter.fingerprint()
+    plan = plain = adapter.compile_plan(steps, solver, schedule)
+    fingerprint = adapter.fingerprint()
     given = _requests(adapter, requests if prompts is None else prompt_requests(adapter, prompts))
     first, begun = None, None
     if init is not None:
         first = EmbeddingSet.load(Path(init))
         check_start(first, adapter, plan, recipe)
+        plan = start_plan(first, plan, recipe)
         begun = {"sha256": first.sha256(), "backbone": first.backbone}
     guidance = None if guidance_scale is None else {"scale": guidance_scale, "null_class": null_class}
     depends = [fingerprint, plan.to_json(), asdict(recipe), digest(given), begun, feature_name, guidance]
@@ -164,7 +167,7 @@ def distill(
         "processes": processes.count,
         **learned,
         **({} if begun is None else {"init": begun}),
-        **({"plain_plan": student.start.to_json()} if recipe.learn else {}),
+        **({"plain_plan": plain.to_json()} if student.plan.schedule == SCHEDULE else {}),
         **({} if layers is None else {"quantised": {"layers": len(layers.scales), "left_in_float32": layers.left}}),
     }
     result = EmbeddingSet(deltas, student.plan, fingerprint, training)

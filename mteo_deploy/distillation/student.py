@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.checkpoint import checkpoint
 
-from mteo_deploy.distillation.learned_plan import LearnedPlan
+from mteo_deploy.distillation.learned_plan import SCHEDULE, LearnedPlan
 from mteo_deploy.distillation.recipe import DEFAULT, Recipe
 from mteo_deploy.embeddings import EmbeddingSet
 from mteo_deploy.errors import InputError
@@ -119,7 +119,7 @@ class Student(torch.nn.Module):
 
     @torch.no_grad()
     def start_from(self, found: EmbeddingSet) -> None:
-        """Take the deltas of another set that :func:`check_start` has nothing against; its plan is not taken."""
+        """Take the deltas of another set that :func:`check_start` has nothing against."""
         deltas = [torch.from_numpy(np.asarray(found.deltas[site.name])) for site in self.adapter[0].sites]
         self.delta.copy_(torch.stack(deltas, dim=1))
 
@@ -136,3 +136,12 @@ def check_start(found: EmbeddingSet, adapter: Adapter, plan: Plan, recipe: Recip
     if evaluations != given:
         raise InputError(f"expected --init with a set of {evaluations} evaluations; found {given}; pass --steps as it has")
     found.check(found.backbone, site_dict(adapter.sites))
+
+
+def start_plan(found: EmbeddingSet, plan: Plan, recipe: Recipe) -> Plan:
+    """``plan``, or what a set to start from has learned of it; points that are to be learned begin where the plan has them."""
+    plain = found.plain_plan
+    same = (plain.solver, plain.steps, plain.prediction_type) == (plan.solver, plan.steps, plan.prediction_type)
+    if not same or found.plan.schedule != SCHEDULE or "points" in recipe.learn:
+        return plan
+    return found.plan if np.allclose(plain.sigmas, plan.sigmas, rtol=1e-9) else plan
