@@ -38,8 +38,8 @@ class Recipe:
             ``time``, one number, the time at which the pretrained embedding is taken.
         objective: ``end-to-end``, the loss on the image through all evaluations; ``stepwise``, that of each step from the
             student's own state, through which no gradient goes.
-        loss: ``pseudo-huber`` (Song & Dhariwal 2023, eq. 8), or ``squared`` or ``absolute`` error. An image that ends elsewhere
-            pulls with its distance in the first, with the square of it in the second; in the third so does every pixel.
+        loss: ``pseudo-huber`` (Song & Dhariwal 2023, eq. 8), ``squared`` or ``absolute`` error. An image that ends elsewhere
+            pulls with its distance in the first, with the square of it in the second; in the third every pixel pulls alike.
         feature_weight: weight of the same distance between features of the images, for ``distill(features=...)``.
         learn: numbers of the plan learned beside the embeddings, out of ``points`` (the time points between first and last)
             and ``coefficients`` (of the solver's updates).
