@@ -52,7 +52,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "step by step": {"objective": "stepwise"},
     "squared error": {"loss": "squared"},
     "absolute error": {"loss": "absolute"},
-    "learned coefficients": {"learn": ("coefficients",)},
+    "learned coefficients": COEFFICIENTS,
     "learned points": {"learn": ("points",)},
     "learned both": {"learn": ("points", "coefficients")},
     "iPNDM-2": {"solver": "ipndm-2"},

@@ -1,4 +1,4 @@
-"""Other lightweight ways to few-step sampling on the same frozen backbone, learned from the same reference trajectories.
+"""Other lightweight ways to few-step sampling on the same frozen backbone, learned from its reference trajectories (Heun's).
 
 Each adds a few numbers to a plain multistep solver and changes no weight; each is written after its paper's idea, not its
 code, and trained here as the packaged sets are: end to end, the mean absolute error of the last state, Adam.
