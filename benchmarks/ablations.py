@@ -6,10 +6,12 @@ images from the default teacher's reference trajectory, from noise that no varia
 compared image by image: the difference from the defaults' error, with its own standard error; what another seed would change
 beside is in the spread of ``--seeds``. With a classifier (``examples/train_classifier.py``) and real images the Fréchet
 distance is measured too, on the same images; it is biased upwards by their finite number, so only figures of one ``--held-out``
-compare. Finished variants are in the JSON file, and a run with the same arguments goes on.
+compare; and of a backbone with class labels, drawn at random, the share of images that it gives the label that was asked for.
+Finished variants are in the JSON file, and a run with the same arguments goes on.
 
     python benchmarks/ablations.py -o ablations.json --steps 3 4 5
     python benchmarks/ablations.py -o ablations.json --classifier classifier.safetensors --data mnist_test.npz --seeds 1 2 3
+    python benchmarks/ablations.py -o dit.json --model mnist-dit --guidance-scale 2 --steps 4 --variants "absolute error" ...
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from mteo_deploy.distillation import Recipe, distill
 from mteo_deploy.distillation.trajectories import Trajectories, reference_trajectories
 from mteo_deploy.embeddings import EmbeddingSet
 from mteo_deploy.exporters.base import Adapter, load_backbone
+from mteo_deploy.exporters.guidance import guided
 from mteo_deploy.plan import default_substeps, run
 
 Images = torch.Tensor
@@ -105,14 +108,17 @@ def arranged(variant: dict[str, Any], recipe: Recipe) -> tuple[dict[str, str], R
 
 
 @torch.no_grad()
-def images(adapter: Adapter, found: EmbeddingSet, noise: Images, batch: int, plain: bool = False) -> Images:
-    """What a set draws from noise; ``plain``: the plan as it was, with the pretrained embeddings."""
+def images(adapter: Adapter, found: EmbeddingSet, held_out: Trajectories, batch: int, plain: bool = False) -> Images:
+    """What a set draws from the noise and requests held out; ``plain``: the plan as it was, with the pretrained embeddings."""
     plan = found.plain_plan if plain else found.plan
     base = adapter.embeddings(torch.tensor([e.timestep for e in plan.evaluations], dtype=torch.float32))
     deltas = [torch.from_numpy(found.deltas[site.name]) * (not plain) for site in adapter.sites]
     rows = [b + d for b, d in zip(base, deltas, strict=True)]
-    parts = noise.split(batch)
-    return torch.cat([run(plan, part, lambda i, y: adapter(y, *[r[i : i + 1] for r in rows]))[-1] for part in parts])
+
+    def draw(part: Trajectories) -> Images:
+        return list(run(plan, part.noise, lambda i, y: adapter(y, *[r[i : i + 1] for r in rows], **part.requests)))[-1]
+
+    return torch.cat([draw(held_out.take(slice(i, i + batch))) for i in range(0, len(held_out.noise), batch)])
 
 
 def mean(name: str, values: NDArray[np.float64]) -> dict[str, float]:
@@ -124,9 +130,9 @@ class Laboratory:
     """What all variants share: backbone, held-out reference images, classifier, results."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.console = args, Console(width=128)
+        self.args, self.console = args, Console(width=136)
         self.model = args.model or assets.MODEL
-        self.adapter = load_backbone(self.model)
+        self.adapter = guided(load_backbone(self.model), args.guidance_scale)
         self.work = args.output.with_suffix("")
         self.classifier: Classifier | None = load(args.classifier) if args.classifier else None
         self.taught_by: Classifier | None = load(args.features) if args.features else None
@@ -134,11 +140,11 @@ class Laboratory:
         facts: dict[str, Any] = {}
         if self.classifier is not None:
             self.real, facts = real_statistics(self.classifier, args.data, 0)
-        held_out = self.held_out()
-        self.noise, self.reference = held_out.noise, held_out.states[-1]
+        self.held_out = self._held_out()
+        self.reference = self.held_out.states[-1]
         self.data = self._open(facts)
 
-    def held_out(self) -> Trajectories:
+    def _held_out(self) -> Trajectories:
         """Reference trajectories of noise that no variant learns from; their images depend on no step count."""
         plan = self.adapter.compile_plan(1)
         return reference_trajectories(
@@ -154,9 +160,12 @@ class Laboratory:
 
     def _open(self, facts: dict[str, Any]) -> dict[str, Any]:
         args = self.args
-        arguments = {name: getattr(args, name) for name in ("trajectories", "iterations", "batch", "lr", "bf16", "held_out")}
+        names = ("trajectories", "iterations", "batch", "lr", "bf16", "held_out", "guidance_scale")
+        arguments = {name: getattr(args, name) for name in names}
         arguments["backbone"] = self.adapter.fingerprint()
-        arguments["classifier"] = None if args.classifier is None else sha256_file(args.classifier)
+        for name in ("classifier", "features"):
+            path = getattr(args, name)
+            arguments[name] = None if path is None else sha256_file(path)
         reference = self.figures(self.reference)
         if not args.output.exists():
             return {"arguments": arguments, "real": facts, "reference": reference, "rows": []}
@@ -174,11 +183,16 @@ class Laboratory:
         return (found - self.reference).square().mean(dim=(1, 2, 3)).double().numpy()
 
     def figures(self, found: Images) -> dict[str, float]:
-        """Error with its standard error, and the Fréchet distance to the real images where there is a classifier."""
+        """Error with its standard error; where there is a classifier, the Fréchet distance to the real images, and the share
+        that it gives the label asked for."""
         figures = mean("error", self.errors(found))
         if self.classifier is not None and self.real is not None:
             features, _ = classify(self.classifier, found.clamp(-1, 1))
             figures["frechet"] = frechet_distance(Statistics.of(features), self.real)
+            if (labels := self.held_out.requests.get("class_labels")) is not None:
+                with torch.inference_mode():
+                    named = self.classifier.head(torch.from_numpy(features)).argmax(1)
+                figures["right"] = float((named == labels).float().mean())
         return figures
 
     def features(self, found: Images) -> Images:
@@ -194,14 +208,22 @@ class Laboratory:
         set_path = self._path(name, steps, seed)
         features = self.features if recipe.feature_weight else None
         found = distill(
-            self.model, set_path, steps=steps, **plan, recipe=recipe, features=features, cache=self.work, device="cpu"
+            self.model,
+            set_path,
+            steps=steps,
+            **plan,
+            recipe=recipe,
+            features=features,
+            cache=self.work,
+            device="cpu",
+            guidance_scale=args.guidance_scale,
         )
         row = {"variant": name, "steps": steps, "seed": seed, "evaluations": len(found.plan.evaluations)}
         row |= {"numbers": found.training["parameters"], "seconds": found.training["seconds"]}
         row["threads"] = torch.get_num_threads()
         row |= {"recipe": asdict(recipe), "reference": found.training["reference"], "sigmas": list(found.plan.sigmas), **plan}
-        row["plain"] = self.figures(images(self.adapter, found, self.noise, args.batch, plain=True))
-        drawn = images(self.adapter, found, self.noise, args.batch)
+        row["plain"] = self.figures(images(self.adapter, found, self.held_out, args.batch, plain=True))
+        drawn = images(self.adapter, found, self.held_out, args.batch)
         return row | self.figures(drawn) | self._against(steps, seed, drawn)
 
     def _path(self, name: str, steps: int, seed: int) -> Path:
@@ -212,7 +234,7 @@ class Laboratory:
         path = self._path(DEFAULTS, steps, seed)
         if not path.exists():
             return {}
-        own = images(self.adapter, EmbeddingSet.load(path), self.noise, self.args.batch)
+        own = images(self.adapter, EmbeddingSet.load(path), self.held_out, self.args.batch)
         return mean("difference", self.errors(drawn) - self.errors(own))
 
     def run(self) -> None:
@@ -232,6 +254,7 @@ class Laboratory:
         """One row for each variant and step count, means over seeds."""
         shown = Table(show_edge=False, caption="Difference from the defaults' error, image by image.")
         names = ["steps", "variant", "seeds", "numbers", "s", "error", "+-", "difference", "+-", "seeds' +-", "Fréchet"]
+        names += ["right"] if "class_labels" in self.held_out.requests else []
         for column in names:
             shown.add_column(column, justify="left" if column == "variant" else "right", no_wrap=True)
         keys = dict.fromkeys((row["steps"], row["variant"]) for row in self.data["rows"])
@@ -249,6 +272,7 @@ class Laboratory:
                 *(average(rows, "difference", 5), average(rows, "difference_se", 5)),
                 f"{np.std(errors):.5f}" if len(rows) > 1 else "-",
                 average(rows, "frechet", 2),
+                *([average(rows, "right", 3)] if "class_labels" in self.held_out.requests else []),
             )
         return shown
 
@@ -270,6 +294,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--guidance-scale", type=float, help="of a backbone with labels [default: no guidance]")
     parser.add_argument("--held-out", type=int, default=1024, help="images that the figures are of")
     parser.add_argument("--threads", type=int, help="of torch [default: its own choice]")
     parser.add_argument("--classifier", type=Path, help="file that examples/train_classifier.py wrote")

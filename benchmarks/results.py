@@ -38,7 +38,7 @@ from mteo_deploy.embeddings import EmbeddingSet
 from mteo_deploy.engines.build import build
 from mteo_deploy.exporters.base import Adapter, load_backbone
 from mteo_deploy.exporters.export import export
-from mteo_deploy.plan import Plan, default_substeps
+from mteo_deploy.plan import Plan
 from mteo_deploy.sampler import Sampler, noise_for
 from mteo_deploy.solvers import SOLVERS
 
@@ -46,6 +46,8 @@ Array = NDArray[np.float32]
 Draw = Callable[[Array], Array]
 CLASSIFIER = Path(__file__).resolve().parent / "classifier.safetensors"
 LEARN_SEED = 1_000_000
+TEACHER, TEACHER_EVALUATIONS = "euler", 20
+"""Whose trajectories all learn from that learns here: the packaged sets' teacher."""
 DDIM = (10, 20)
 """Evaluations of plain DDIM that MTEO's few are held against."""
 
@@ -138,7 +140,8 @@ class Laboratory:
             return found
         path = self.args.work / "sets" / f"euler-{count}.safetensors"
         if not path.exists():
-            recipe = Recipe(trajectories=self.args.trajectories, iterations=self.args.iterations)
+            args = self.args
+            recipe = Recipe(args.trajectories, args.iterations, teacher=TEACHER, teacher_evaluations=TEACHER_EVALUATIONS)
             distill(self.args.model, path, steps=count, recipe=recipe)
         return {"euler": path}
 
@@ -211,7 +214,8 @@ class Laboratory:
 
         learned = sum(parameter.numel() for parameter in student.parameters())
         solver = "euler" if best["order"] == 1 else f"ipndm-{best['order']}"
-        return Way(method, solver, count, draw, learned, best["seconds"], digest(best["numbers"]))
+        teacher = f"{best['teacher']} ({best['teacher_evaluations']})"
+        return Way(method, solver, count, draw, learned, best["seconds"], digest(best["numbers"]), teacher)
 
     def _student(self, method: str, count: int, order: int) -> Neighbour:
         return METHODS[method](self.adapter.levels, self.adapter.compile_plan(count).sigmas, order)
@@ -220,6 +224,7 @@ class Laboratory:
         """The line of a neighbour on one solver, of this budget."""
         args = self.args
         key = {"method": method, "evaluations": count, "order": order}
+        key |= {"teacher": TEACHER, "teacher_evaluations": TEACHER_EVALUATIONS}
         key |= {"trajectories": args.trajectories, "iterations": args.neighbour_iterations}
         if (found := self.neighbours.find(**key)) is not None:
             return found
@@ -236,16 +241,17 @@ class Laboratory:
 
     def trajectories(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Noise and images that the neighbours learn from, ``[count, ...]``."""
-        path = self.args.work / f"trajectories-{self.args.trajectories}.npz"
+        path = self.args.work / f"trajectories-{TEACHER}-{TEACHER_EVALUATIONS}-{self.args.trajectories}.npz"
         if not path.exists():
-            plan = self.adapter.compile_plan(3)
+            plan = self.adapter.compile_plan(1)
             made = reference_trajectories(
                 self.adapter,
                 plan,
                 count=self.args.trajectories,
                 seed=LEARN_SEED,
                 batch=64,
-                substeps=default_substeps(plan),
+                substeps=TEACHER_EVALUATIONS,
+                teacher=TEACHER,
                 progress=lambda count: None,
             )
             write(path, lambda temporary: np.savez(temporary, noise=made.noise.numpy(), images=made.states[-1].numpy()))

@@ -65,6 +65,22 @@ def test_variants_are_measured_against_the_defaults(
         run(ablations, monkeypatch, *common, "--lr", "0.01")
 
 
+def test_images_of_a_guided_backbone_are_of_their_labels(
+    ablations: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Variants, plain solver and reference all draw the labels of the held-out noise: a classifier finds them again."""
+    path, data = tmp_path / "a.json", tmp_path / "data.npz"
+    np.savez(data, images=np.random.default_rng(0).integers(0, 256, (200, 28, 28), dtype=np.uint8))
+    common = ["-o", str(path), "--model", "mnist-dit", "--guidance-scale", "2", "--variants", "absolute error", "--steps", "4"]
+    common += ["--classifier", str(BENCHMARKS / "classifier.safetensors"), "--data", str(data)]
+    run(ablations, monkeypatch, *common, "--held-out", "12")
+    found = json.loads(path.read_text())
+    (row,) = found["rows"]
+    assert min(part["right"] for part in (row, row["plain"], found["reference"])) > 0.7, "the share of a guess is 0.1"
+    with pytest.raises(SystemExit, match="guidance_scale differ"):
+        run(ablations, monkeypatch, *common, "--held-out", "12", "--guidance-scale", "1")
+
+
 class Counted:
     """A callable that counts its calls."""
 
