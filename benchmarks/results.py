@@ -204,8 +204,8 @@ class Laboratory:
             yield Way("MTEO", solver, count, sampler.image, learned, seconds, sha256_file(path)[:12], taught(found.training))
 
     def neighbour(self, method: str, count: int) -> Way:
-        """The better of Euler and iPNDM below it, by the loss it was trained to; learned once."""
-        best = min((self._learned(method, count, order) for order in range(1, min(count, 3) + 1)), key=lambda one: one["loss"])
+        """The better of Euler and second-order iPNDM below it, by the loss it was trained to; learned once."""
+        best = min((self._learned(method, count, order) for order in (1, 2)), key=lambda one: one["loss"])
         student = restore(self._student(method, count, best["order"]), best["numbers"]).eval()
 
         @torch.no_grad()
@@ -225,7 +225,7 @@ class Laboratory:
         args = self.args
         key = {"method": method, "evaluations": count, "order": order}
         key |= {"teacher": TEACHER, "teacher_evaluations": TEACHER_EVALUATIONS}
-        key |= {"trajectories": args.trajectories, "iterations": args.neighbour_iterations}
+        key |= {"trajectories": args.trajectories, "iterations": args.neighbour_iterations, "lr": METHODS[method].lr}
         if (found := self.neighbours.find(**key)) is not None:
             return found
         noise, images = self.trajectories()

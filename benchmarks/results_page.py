@@ -19,7 +19,7 @@ ORDER = ("plain Euler", "plain", "scalar time", "time points", "principal direct
 LABELS = {"plain": "best plain solver"}
 NEIGHBOURS = (
     " The neighbours are written after their papers' ideas in `benchmarks/neighbours.py`; "
-    "each stands on the better of Euler and iPNDM, by the loss it learned with, {budget}."
+    "each stands on the better of Euler and second-order iPNDM, by the loss it learned with, {budget}."
 )
 
 

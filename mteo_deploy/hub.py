@@ -128,7 +128,7 @@ def card(bundle: Bundle, repository: str) -> str:
     trained = f"{embeddings['parameters']:,} numbers learned" if embeddings["training"] else "nothing learned: the plain solver"
     facts = {
         "backbone": f"{backbone['family']} ({backbone['source']}), {backbone['parameters']:,} parameters",
-        "evaluations": f"{len(plan.evaluations)} ({plan.solver}, {plan.steps} steps, {plan.schedule} schedule)",
+        "evaluations": f"{len(plan.evaluations)} ({plan.summary(bundle.plain_plan)})",
         "embeddings": f"{trained}, at {len(embeddings['sites'])} sites",
         "samples": "x".join(map(str, bundle.sample_shape)),
         "request inputs": ", ".join(request.name for request in bundle.requests) or "none",

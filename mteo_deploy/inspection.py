@@ -12,8 +12,9 @@ from mteo_deploy.embeddings import EmbeddingSet
 from mteo_deploy.plan import Plan
 
 
-def _plan(plan: Plan) -> dict[str, Any]:
+def _plan(plan: Plan, plain: Plan) -> dict[str, Any]:
     return {
+        "summary": plan.summary(plain),
         "solver": plan.solver,
         "schedule": plan.schedule,
         "steps": plan.steps,
@@ -97,7 +98,7 @@ def inspect(path: Path | str) -> dict[str, Any]:
             "sha256": found.sha256(),
             "parameters": found.parameters,
             "sites": {name: delta.shape[1] for name, delta in found.deltas.items()},
-            "plan": _plan(found.plan),
+            "plan": _plan(found.plan, found.plain_plan),
             "training": found.training,
         }
     bundle = Bundle.open(path)
@@ -110,7 +111,7 @@ def inspect(path: Path | str) -> dict[str, Any]:
         "requests": [request.to_json() for request in bundle.requests],
         "decoder": bundle.decoder,
         "text_encoder": bundle.text_encoder,
-        "plan": _plan(bundle.plan),
+        "plan": _plan(bundle.plan, bundle.plain_plan),
         "compiler": manifest["compiler"],
         "files": {name: entry["bytes"] for name, entry in manifest["files"].items()},
         "engines": sorted(p.parent.name for p in path.glob("engines/*/engine.json")),

@@ -72,6 +72,11 @@ class Plan:
         """How many earlier kept quantities the updates reach back to."""
         return max(len(e.weights) for e in self.evaluations) - 1
 
+    def summary(self, plain: Plan) -> str:
+        """In words; ``plain`` is what it was before any of its numbers was learned."""
+        coefficients = ", learned coefficients" if self != plain and self.schedule == plain.schedule else ""
+        return f"{self.solver}, {self.steps} steps, {self.schedule} schedule{coefficients}"
+
     def to_json(self) -> dict[str, Any]:
         """Exact JSON form: every float as a C99 hexadecimal string."""
         return {

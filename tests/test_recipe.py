@@ -74,7 +74,10 @@ def test_options(
     assert found.training["error_after"] < found.training["error_before"]
     assert numbers in (None, found.training["parameters"])
     assert found.training["reference"] == found.training["reference"] | {"solver": recipe.teacher, "evaluations": 12}
-    assert found.plan.schedule == (SCHEDULE if recipe.learn else "polynomial")
+    assert found.plan.schedule == (SCHEDULE if "points" in recipe.learn else "polynomial")
+    assert (found.plan == found.plain_plan) == (not recipe.learn)
+    told = {(): "polynomial schedule", ("coefficients",): "polynomial schedule, learned coefficients"}
+    assert found.plan.summary(found.plain_plan) == f"{solver}, 2 steps, {told.get(recipe.learn, 'learned schedule')}"
     test = reference_trajectories(
         tiny_adapter,
         tiny_adapter.compile_plan(2),

@@ -135,5 +135,4 @@ def inspect(
         [str(i), f"{e['sigma']:.4g}", f"{e['timestep']:.2f}", f"{e['carry']:.6g}", ", ".join(f"{w:.6g}" for w in e["weights"])]
         for i, e in enumerate(plan["evaluations"])
     ]
-    title = f"plan: {plan['solver']}, {plan['steps']} steps, {plan['schedule']} schedule"
-    show_table(title, ["evaluation", "sigma", "timestep", "carry", "weights"], rows)
+    show_table(f"plan: {plan['summary']}", ["evaluation", "sigma", "timestep", "carry", "weights"], rows)

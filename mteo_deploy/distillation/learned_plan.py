@@ -20,6 +20,7 @@ from mteo_deploy.schedules import Levels
 
 Array = NDArray[np.float64]
 SCHEDULE = "learned"
+"""The name of a schedule whose points were learned."""
 STEP = 1e-5
 
 
@@ -113,7 +114,7 @@ class LearnedPlan(torch.nn.Module):
             )
             for e, row in zip(plan.evaluations, numbers, strict=True)
         ]
-        return replace(plan, schedule=SCHEDULE, evaluations=tuple(rows))
+        return replace(plan, evaluations=tuple(rows))
 
     def plan(self) -> Plan:
         """What was learned, in plain numbers."""

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from mteo_deploy.distillation.learned_plan import SCHEDULE
 from mteo_deploy.distillation.losses import Features
 from mteo_deploy.distillation.parallel import Processes, device_of
 from mteo_deploy.distillation.placement import Use, placed
@@ -167,7 +166,7 @@ def distill(
         "processes": processes.count,
         **learned,
         **({} if begun is None else {"init": begun}),
-        **({"plain_plan": plain.to_json()} if student.plan.schedule == SCHEDULE else {}),
+        **({"plain_plan": plain.to_json()} if recipe.learn or plan is not plain else {}),
         **({} if layers is None else {"quantised": {"layers": len(layers.scales), "left_in_float32": layers.left}}),
     }
     result = EmbeddingSet(deltas, student.plan, fingerprint, training)

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.checkpoint import checkpoint
 
-from mteo_deploy.distillation.learned_plan import SCHEDULE, LearnedPlan
+from mteo_deploy.distillation.learned_plan import LearnedPlan
 from mteo_deploy.distillation.recipe import DEFAULT, Recipe
 from mteo_deploy.embeddings import EmbeddingSet
 from mteo_deploy.errors import InputError
@@ -139,9 +139,9 @@ def check_start(found: EmbeddingSet, adapter: Adapter, plan: Plan, recipe: Recip
 
 
 def start_plan(found: EmbeddingSet, plan: Plan, recipe: Recipe) -> Plan:
-    """``plan``, or what a set to start from has learned of it; points that are to be learned begin where the plan has them."""
+    """``plan`` itself, or what a set to start from has learned of it; points to be learned begin where the plan has them."""
     plain = found.plain_plan
     same = (plain.solver, plain.steps, plain.prediction_type) == (plan.solver, plan.steps, plan.prediction_type)
-    if not same or found.plan.schedule != SCHEDULE or "points" in recipe.learn:
+    if not same or found.plan == plain or "points" in recipe.learn:
         return plan
     return found.plan if np.allclose(plain.sigmas, plan.sigmas, rtol=1e-9) else plan
