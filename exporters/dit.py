@@ -33,7 +33,8 @@ class DiTAdapter(Adapter):
         self.sample_shape = (int(network.config.in_channels), size, size)
         self._embedders = [block.norm1.emb for block in network.transformer_blocks]
         labels = self._embedders[0].class_embedder.embedding_table.num_embeddings
-        self.requests, self.negatives = (Request("class_labels", "int64", high=labels),), {"class_labels": labels - 1}
+        self.requests = (Request("class_labels", "int64", high=labels, none=labels - 1),)
+        self.negatives = {"class_labels": labels - 1}
         width = network.proj_out_1.in_features
         names = [*(f"transformer_blocks.{i}.norm1" for i in range(len(self._embedders))), "proj_out_1"]
         self.sites = tuple(Site(name, width) for name in names)

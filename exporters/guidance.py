@@ -46,7 +46,8 @@ class GuidedAdapter(Adapter):
         self._inner, self.branches = (inner,), 2  # in a tuple: its network is this one's already
         self.negatives = {**inner.negatives, **_null_labels(inner, null_class)}
         second = [replace(r, name=NEGATIVE + r.name) for r in inner.requests if r.name not in self.negatives]
-        self.requests = (*inner.requests, *second, Request(GUIDANCE_SCALE, "float32", default=float(scale)))
+        own = [replace(r, none=self.negatives.get(r.name)) for r in inner.requests]
+        self.requests = (*own, *second, Request(GUIDANCE_SCALE, "float32", default=float(scale)))
 
     def embeddings(self, timestep: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return self._inner[0].embeddings(timestep)

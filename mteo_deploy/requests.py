@@ -31,6 +31,7 @@ class Request:
         default: what it is, everywhere in ``shape``, where nobody gives it; None where it must be given.
         mask: it says which tokens of a prompt are there, 1 for each of them and then 0 for the padding; other integers are
             classes.
+        none: of classes, the label of no class, which random values leave out; None where there is none or nobody knows.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Request:
     high: int | None = None
     default: float | None = None
     mask: bool = False
+    none: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -54,7 +56,8 @@ class Request:
             high = None if data["high"] is None else int(data["high"])
             default = None if data.get("default") is None else float(data["default"])
             shape, mask = tuple(int(d) for d in data["shape"]), bool(data.get("mask", False))
-            return cls(str(data["name"]), str(np.dtype(data["dtype"])), shape, high, default, mask)
+            none = None if data.get("none") is None else int(data["none"])
+            return cls(str(data["name"]), str(np.dtype(data["dtype"])), shape, high, default, mask, none)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise BundleError(f"expected a request input with name, dtype, shape and high ({error!r}); export again") from None
 
@@ -67,7 +70,8 @@ class Request:
             lengths = generator.integers(1, self.shape[-1] + 1, size=(count, *self.shape[:-1], 1))
             return (np.arange(self.shape[-1]) < lengths).astype(self.dtype)
         if self.high is not None:
-            return generator.integers(self.high, size=(count, *self.shape)).astype(self.dtype)
+            found = generator.integers(self.high - (self.none is not None), size=(count, *self.shape))
+            return (found if self.none is None else found + (found >= self.none)).astype(self.dtype)
         return generator.standard_normal((count, *self.shape)).astype(self.dtype)
 
     def take(self, values: Any, count: int) -> NDArray[Any]:

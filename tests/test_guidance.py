@@ -132,6 +132,7 @@ def test_adapter_is_the_formula(kind: str, models: dict[str, Path]) -> None:
     found = guided(inner, SCALE, null_class(kind))
     state, given = torch.randn(4, *inner.sample_shape), found.draw_requests(4, 1)
     assert given["guidance_scale"].tolist() == [SCALE] * 4
+    assert [r.none for r in found.requests if r.name == "class_labels"] == [NULL] * ("class_labels" in given)
     given["guidance_scale"] = scale = torch.tensor([0.0, 1.0, 4.0, -2.0])
     negative, positive = (inner.at_timestep(state, 300.0, **one) for one in branches(inner, given))
     assert relative(negative.numpy(), positive.numpy()) > 1e-3

@@ -110,8 +110,8 @@ def test_adapter_is_the_model(class_model: Path, class_adapter: Adapter) -> None
         other = class_adapter.at_timestep(state, 300.0, class_labels=labels.flip(0))
     torch.testing.assert_close(found, expected)
     assert relative(other.numpy(), expected.numpy()) > 1e-3
-    high = 10 if isinstance(network, UNet2DModel) else 11  # a DiT has a label for no class
-    assert class_adapter.requests == (Request("class_labels", "int64", high=high),)
+    dit = Request("class_labels", "int64", high=11, none=10)
+    assert class_adapter.requests == (LABELS if isinstance(network, UNet2DModel) else dit,)
 
 
 @pytest.mark.parametrize("realisation", NAMES)
@@ -270,7 +270,15 @@ def test_a_mask_is_drawn_as_prompts_have_them() -> None:
     assert set(found.sum(axis=1)) == set(range(1, 8))
 
 
+@pytest.mark.parametrize("none", [0, 3, 4])
+def test_no_class_is_never_drawn(none: int) -> None:
+    """The others are, and the label may still be asked for."""
+    labels = Request("class_labels", "int64", high=5, none=none)
+    assert set(labels.draw(200, 0)) == set(range(5)) - {none} and labels.take(none, 1) == none
+    assert Request.from_json(labels.to_json()) == labels
+
+
 def test_a_mask_says_so_in_a_bundle() -> None:
     assert Request.from_json(MASK.to_json()) == MASK
-    older = {name: value for name, value in LABELS.to_json().items() if name != "mask"}
+    older = {name: value for name, value in LABELS.to_json().items() if name not in ("mask", "none")}
     assert Request.from_json(older) == LABELS and not LABELS.mask
