@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from click.testing import CliRunner
-from conftest import Once
+from conftest import ROOT, Once
 from helpers import Array
 from onnx import TensorProto, helper, numpy_helper
 
@@ -182,3 +185,18 @@ def test_images_are_read_alike_from_folder_zip_and_array(tmp_path: Path) -> None
         pictures.read(tmp_path / "empty", (8, 8), 1)
     with pytest.raises(InputError, match="1 or 3 channels"):
         pictures.read(tmp_path / "folder", (8, 8), 4)
+
+
+def test_the_example_writes_the_classifiers_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`examples/feature_network.py`, on the classifier that the published figures are measured with."""
+    path, classifier = tmp_path / "features.onnx", ROOT / "benchmarks" / "classifier.safetensors"
+    command = [sys.executable, str(ROOT / "examples" / "feature_network.py"), str(classifier), "-o", str(path)]
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+    images = np.random.default_rng(0).uniform(-1, 1, (3, 1, 28, 28)).astype(np.float32)
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    from train_classifier import load
+
+    expected = load(classifier).features(torch.from_numpy(images)).numpy()
+    found = features_of(str(path))(images)
+    assert found.shape == (3, 128)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
