@@ -1,8 +1,8 @@
 """The published tables and plots, from nothing but MNIST: `make results DATA=DIRECTORY`.
 
 Every sampler starts from the same noise, runs on the same frozen backbone in ONNX Runtime and is measured on the same
-features: plain solvers (all of them, screened on fewer images; the best of each count goes on), the neighbours of
-`neighbours.py`, MTEO (on every solver that there is a set for, screened in the same way), and the reference trajectory. A
+features: plain solvers (all of them on two schedules, screened on fewer images; the best of each count goes on), the
+neighbours of `neighbours.py`, MTEO (on every solver that there is a set for, screened alike), and the reference trajectory. A
 figure is a line of OUTPUT/figures.jsonl, so a stopped run loses at most one, and another machine can go on with the file;
 it names the backbone, the classifier and what was learned (the embedding set, a neighbour's numbers) that it is of. What
 neighbours learned are lines of OUTPUT/neighbours.jsonl. Bundles and reference images are kept under WORK and not made again.
@@ -17,6 +17,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from mteo_deploy.embeddings import EmbeddingSet
 from mteo_deploy.engines.build import build
 from mteo_deploy.exporters.base import Adapter, load_backbone
 from mteo_deploy.exporters.export import export
-from mteo_deploy.plan import Plan
+from mteo_deploy.plan import Evaluation, Plan
 from mteo_deploy.sampler import Sampler, noise_for
 from mteo_deploy.solvers import SOLVERS
 
@@ -48,6 +49,8 @@ CLASSIFIER = Path(__file__).resolve().parent / "classifier.safetensors"
 LEARN_SEED = 1_000_000
 TEACHER, TEACHER_EVALUATIONS = "euler", 20
 """Whose trajectories all learn from that learns here: the packaged sets' teacher."""
+PLAIN_SCHEDULES = (None, "time-uniform")
+"""Time points of the plain solvers: the backbone's own, and those that plain Euler is nearer with at 4 and 5 evaluations."""
 DDIM = (10, 20)
 """Evaluations of plain DDIM that MTEO's few are held against."""
 
@@ -69,6 +72,10 @@ class Way:
     seconds: float | None = None
     embeddings: str = ""
     teacher: str = ""
+
+
+def _detail(solver: str, schedule: str | None) -> str:
+    return solver if schedule is None else f"{solver}, {schedule}"
 
 
 def taught(training: dict[str, Any]) -> str:
@@ -182,12 +189,21 @@ class Laboratory:
     # --- the ways ---
 
     def plain(self, count: int) -> Iterator[Way]:
-        """Every solver that has a plan of this many evaluations."""
-        for name, solver in SOLVERS.items():
+        """Every solver that has a plan of this many evaluations, on each schedule; of those that are one plan, the first."""
+        seen: list[tuple[Evaluation, ...]] = []
+        for schedule, (name, solver) in product(PLAIN_SCHEDULES, SOLVERS.items()):
             if count % solver.evaluations_per_interval == 0:
-                plan = self.adapter.compile_plan(count // solver.evaluations_per_interval, name)
-                if len(plan.evaluations) == count:
-                    yield Way("plain", name, count, self._plan(plan))
+                plan = self.adapter.compile_plan(count // solver.evaluations_per_interval, name, schedule)
+                if len(plan.evaluations) == count and plan.evaluations not in seen:
+                    seen.append(plan.evaluations)
+                    yield Way("plain", _detail(name, schedule), count, self._plan(plan))
+
+    def euler(self, method: str, count: int) -> Iterator[Way]:
+        """Euler, which is DDIM, on each schedule; first on the backbone's own."""
+        for schedule in PLAIN_SCHEDULES:
+            yield Way(
+                method, _detail("euler", schedule), count, self._plan(self.adapter.compile_plan(count, "euler", schedule))
+            )
 
     def best(self, ways: Iterable[Way]) -> Way:
         """By Fréchet distance on the first ``screen`` images of the first seed; one alone needs no screening."""
@@ -279,17 +295,18 @@ class Laboratory:
         )
         return self.figures.add(row)
 
-    def ways(self) -> Iterator[Way]:
+    def ways(self, seed: int) -> Iterator[Way]:
+        """What is measured on a seed."""
         reference = self.conditioned.reference_plan
         yield Way("reference", reference.solver, len(reference.evaluations), self._plan(reference))
         for count in DDIM:
-            yield Way("DDIM", "euler", count, self._plan(self.adapter.compile_plan(count)))
+            yield self.best(self.euler("DDIM", count))
         for count in self.args.counts:
             yield self.best(self.plain(count))
-            yield Way("plain Euler", "euler", count, self._plan(self.adapter.compile_plan(count)))
+            yield next(self.euler("plain Euler", count))
             yield self.best(self.mteo(count))
-            for method in self.args.neighbours if count in self.args.neighbour_counts else ():
-                yield self.neighbour(method, count)
+            if count in self.args.neighbour_counts and seed in self.args.neighbour_seeds:
+                yield from (self.neighbour(method, count) for method in self.args.neighbours)
 
 
 def parse() -> argparse.Namespace:
@@ -304,6 +321,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--num", type=int, default=10_000, help="images for each way and seed")
     parser.add_argument("--neighbours", nargs="*", choices=list(METHODS), default=list(METHODS), metavar="NAME")
     parser.add_argument("--neighbour-counts", type=int, nargs="+", help="where they are compared [default: everywhere]")
+    parser.add_argument("--neighbour-seeds", type=int, nargs="+", help="on which they are measured [default: all]")
     parser.add_argument("--screen", type=int, default=1_000, help="images on which plain solvers are screened")
     parser.add_argument("--batch", type=int, default=250)
     parser.add_argument("--trajectories", type=int, default=1024, help="reference trajectories to learn from")
@@ -311,6 +329,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--neighbour-iterations", type=int, default=120)
     args = parser.parse_args()
     args.neighbour_counts = args.neighbour_counts or args.counts
+    args.neighbour_seeds = args.neighbour_seeds or args.seeds
     for name in ("mnist_train.npz", "mnist_test.npz"):
         if not (args.data / name).is_file():
             parser.error(f"expected {name} in {args.data}, arrays images uint8 [n, 28, 28] and labels uint8 [n]; found none")
@@ -323,7 +342,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     strips: dict[tuple[str, int], Array] = {}
     for done, seed in enumerate(args.seeds, start=1):
-        for way in laboratory.ways():
+        for way in laboratory.ways(seed):
             rows.append(laboratory.measure(way, seed, args.num))
             if (way.method, way.evaluations) not in strips:
                 strips[way.method, way.evaluations] = laboratory.images(way.draw, args.seeds[0], 12)
@@ -333,7 +352,12 @@ def main() -> None:
             "seeds": args.seeds[:done],
             **laboratory.figures.made_by,
             "real": laboratory.facts,
-            "budget": f"in {args.neighbour_iterations} iterations of {Budget.batch} out of {args.trajectories:,} trajectories",
+            "budget": f"in {args.neighbour_iterations} iterations of {Budget.batch} out of {args.trajectories:,} trajectories"
+            + (
+                ""
+                if set(args.seeds) <= set(args.neighbour_seeds)
+                else f", on seed {', '.join(map(str, args.neighbour_seeds))} alone"
+            ),
             "classifier_test_accuracy": laboratory.classifier.test_accuracy,
         }
         write_page(args.output, rows, strips, context)

@@ -118,6 +118,6 @@ def test_page_says_what_the_figures_say(rows: list[dict[str, object]], neighbour
     assert (
         "| MTEO | **2.25 ± 0.25** | 1.75 ± 0.25 |" in page and "| best plain solver | 20.25 ± 0.25 | **1.25 ± 0.25** |" in page
     )
-    assert "20 evaluations of DDIM: 3.25 ± 0.25; MTEO is at least as near with 3" in page
+    assert "20 evaluations of DDIM (euler): 3.25 ± 0.25; MTEO is at least as near with 3" in page
     assert "| MTEO | 96.6% | 87.5% |" in page
     assert {path.name for path in tmp_path.iterdir()} == {"README.md", "quality.png", "strips.png"}
