@@ -130,7 +130,7 @@ class Laboratory:
     """What all variants share: backbone, held-out reference images, classifier, results."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.console = args, Console(width=136)
+        self.args, self.console = args, Console(width=128)
         self.model = args.model or assets.MODEL
         self.adapter = guided(load_backbone(self.model), args.guidance_scale)
         self.work = args.output.with_suffix("")
@@ -256,7 +256,7 @@ class Laboratory:
         names = ["steps", "variant", "seeds", "numbers", "s", "error", "+-", "difference", "+-", "seeds' +-", "Fréchet"]
         names += ["right"] if "class_labels" in self.held_out.requests else []
         for column in names:
-            shown.add_column(column, justify="left" if column == "variant" else "right", no_wrap=True)
+            shown.add_column(column, justify="left" if column == "variant" else "right", no_wrap=column != "variant")
         keys = dict.fromkeys((row["steps"], row["variant"]) for row in self.data["rows"])
         for steps, name in sorted(keys, key=lambda key: key[0]):
             rows = [row for row in self.data["rows"] if (row["steps"], row["variant"]) == (steps, name)]

@@ -11,7 +11,7 @@ code, and trained here as the packaged sets are: end to end, the mean absolute e
   et al. 2024, arXiv 2411.06503).
 
 The solver below them is Euler or second-order iPNDM (Adams-Bashforth of fixed coefficients), of which `benchmarks/results.py`
-takes the better one: plain iPNDM of the third order is further at each of 2 to 8 evaluations.
+takes the better one: plain iPNDM of the third order is nearer at none of 2 to 8 evaluations.
 """
 
 from __future__ import annotations

@@ -295,8 +295,7 @@ class Laboratory:
         )
         return self.figures.add(row)
 
-    def ways(self, seed: int) -> Iterator[Way]:
-        """What is measured on a seed."""
+    def ways(self) -> Iterator[Way]:
         reference = self.conditioned.reference_plan
         yield Way("reference", reference.solver, len(reference.evaluations), self._plan(reference))
         for count in DDIM:
@@ -305,8 +304,8 @@ class Laboratory:
             yield self.best(self.plain(count))
             yield next(self.euler("plain Euler", count))
             yield self.best(self.mteo(count))
-            if count in self.args.neighbour_counts and seed in self.args.neighbour_seeds:
-                yield from (self.neighbour(method, count) for method in self.args.neighbours)
+            for method in self.args.neighbours if count in self.args.neighbour_counts else ():
+                yield self.neighbour(method, count)
 
 
 def parse() -> argparse.Namespace:
@@ -321,7 +320,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--num", type=int, default=10_000, help="images for each way and seed")
     parser.add_argument("--neighbours", nargs="*", choices=list(METHODS), default=list(METHODS), metavar="NAME")
     parser.add_argument("--neighbour-counts", type=int, nargs="+", help="where they are compared [default: everywhere]")
-    parser.add_argument("--neighbour-seeds", type=int, nargs="+", help="on which they are measured [default: all]")
     parser.add_argument("--screen", type=int, default=1_000, help="images on which plain solvers are screened")
     parser.add_argument("--batch", type=int, default=250)
     parser.add_argument("--trajectories", type=int, default=1024, help="reference trajectories to learn from")
@@ -329,7 +327,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--neighbour-iterations", type=int, default=120)
     args = parser.parse_args()
     args.neighbour_counts = args.neighbour_counts or args.counts
-    args.neighbour_seeds = args.neighbour_seeds or args.seeds
     for name in ("mnist_train.npz", "mnist_test.npz"):
         if not (args.data / name).is_file():
             parser.error(f"expected {name} in {args.data}, arrays images uint8 [n, 28, 28] and labels uint8 [n]; found none")
@@ -342,7 +339,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     strips: dict[tuple[str, int], Array] = {}
     for done, seed in enumerate(args.seeds, start=1):
-        for way in laboratory.ways(seed):
+        for way in laboratory.ways():
             rows.append(laboratory.measure(way, seed, args.num))
             if (way.method, way.evaluations) not in strips:
                 strips[way.method, way.evaluations] = laboratory.images(way.draw, args.seeds[0], 12)
@@ -352,12 +349,7 @@ def main() -> None:
             "seeds": args.seeds[:done],
             **laboratory.figures.made_by,
             "real": laboratory.facts,
-            "budget": f"in {args.neighbour_iterations} iterations of {Budget.batch} out of {args.trajectories:,} trajectories"
-            + (
-                ""
-                if set(args.seeds) <= set(args.neighbour_seeds)
-                else f", on seed {', '.join(map(str, args.neighbour_seeds))} alone"
-            ),
+            "budget": f"in {args.neighbour_iterations} iterations of {Budget.batch} out of {args.trajectories:,} trajectories",
             "classifier_test_accuracy": laboratory.classifier.test_accuracy,
         }
         write_page(args.output, rows, strips, context)

@@ -74,8 +74,10 @@ class Plan:
 
     def summary(self, plain: Plan) -> str:
         """In words; ``plain`` is what it was before any of its numbers was learned."""
-        coefficients = ", learned coefficients" if self != plain and self.schedule == plain.schedule else ""
-        return f"{self.solver}, {self.steps} steps, {self.schedule} schedule{coefficients}"
+        if self.sigmas != plain.sigmas:
+            return f"{self.solver}, {self.steps} steps, {self.schedule} schedule"
+        coefficients = "" if self == plain else ", learned coefficients"
+        return f"{self.solver}, {self.steps} steps, {plain.schedule} schedule{coefficients}"
 
     def to_json(self) -> dict[str, Any]:
         """Exact JSON form: every float as a C99 hexadecimal string."""
