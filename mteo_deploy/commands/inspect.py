@@ -135,5 +135,5 @@ def inspect(
         [str(i), f"{e['sigma']:.4g}", f"{e['timestep']:.2f}", f"{e['carry']:.6g}", ", ".join(f"{w:.6g}" for w in e["weights"])]
         for i, e in enumerate(plan["evaluations"])
     ]
-    click.echo(f"plan       {plan['summary']}")
+    click.echo(f"plan: {plan['summary']}")
     show_table("", ["evaluation", "sigma", "timestep", "carry", "weights"], rows)
