@@ -90,6 +90,10 @@ def _null_labels(inner: Adapter, null_class: int | None) -> dict[str, int]:
     if null_class is not None and not classes:
         raise InputError(f"expected --null-class for a backbone with classes; found a {inner.family} without; leave it out")
     for request in classes:
+        if request.high == 1:
+            raise InputError(
+                f"expected labels beside that of no class; found a {inner.family} with 1; sample it without guidance"
+            )
         if null_class is None and request.name not in inner.negatives:
             raise InputError(
                 f"expected a label for no class: nothing in a {inner.family} says which of its {request.high} labels it was "

@@ -359,6 +359,8 @@ def test_what_cannot_be_guided(models: dict[str, Path]) -> None:
         guided(unconditional, 2.0)
     with pytest.raises(InputError, match="found a UNet2DConditionModel without; leave it out"):
         guided(load_backbone(models["sd"]), 2.0, 3)
+    with pytest.raises(InputError, match="labels beside that of no class; found a UNet2DModel with 1"):
+        guided(UNet2DAdapter(unet_with_classes(num_class_embeds=1), {}), 2.0, 0)
     assert guided(unconditional, None) is unconditional
     assert GuidedAdapter(load_backbone(models["dit"]), 2.0, 4).negatives["class_labels"] == 4
 
