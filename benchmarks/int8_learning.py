@@ -69,7 +69,8 @@ def embeddings(args: argparse.Namespace, count: int, which: str) -> Path:
             learn=tuple(before["learn"]),
             precision=which,
         )
-        distill(assets.MODEL, path, steps=count, solver=found.plan.solver, recipe=recipe, init=packaged, cache=args.cache)
+        plan = {"steps": count, "solver": found.plan.solver, "schedule": found.plain_plan.schedule}
+        distill(assets.MODEL, path, **plan, recipe=recipe, init=packaged, cache=args.cache)
     return path
 
 

@@ -243,6 +243,20 @@ def test_features_go_with_a_weight(weight: float, features: Any, tiny_model: Pat
 # --- where it starts ---
 
 
+@pytest.mark.parametrize(("iterations", "moved"), [(1, False), (2, True)])
+def test_coefficients_rest_for_half_of_the_iterations(
+    iterations: int, moved: bool, tiny_model: Path, cache: Path, tmp_path: Path
+) -> None:
+    """Not so points, nor vectors."""
+    both = replace(QUICK, learn=BOTH, iterations=iterations)
+    found = distill(tiny_model, tmp_path / "a.safetensors", steps=2, recipe=both, cache=cache, quiet=True)
+    levels = load_backbone(tiny_model).levels
+    compiled = compile_plan(levels, steps=2, prediction_type="epsilon", points=found.plan.sigmas)
+    weights = [[w for e in plan.evaluations for w in (e.carry, *e.weights)] for plan in (found.plan, compiled)]
+    assert (weights[0] != pytest.approx(weights[1], rel=1e-6)) is moved
+    assert found.plan.sigmas != found.plain_plan.sigmas and all(np.abs(rows).max() > 0 for rows in found.deltas.values())
+
+
 def test_init(tiny_model: Path, cache: Path, tmp_path: Path) -> None:
     """It starts where the other set ended, though that was another backbone's, and says so."""
     first = distill(tiny_model, tmp_path / "a.safetensors", steps=2, recipe=QUICK, cache=cache, quiet=True)

@@ -42,7 +42,7 @@ class Recipe:
             pulls with its distance in the first, with the square of it in the second; in the third every pixel pulls alike.
         feature_weight: weight of the same distance between features of the images, for ``distill(features=...)``.
         learn: numbers of the plan learned beside the embeddings, out of ``points`` (the time points between first and last)
-            and ``coefficients`` (of the solver's updates).
+            and ``coefficients`` (of the solver's updates, from half of the iterations on).
         precision: of the network that the embeddings are learned against: ``int8`` or ``fp8`` as ``export`` writes them, fake
             quantised (``exporters/fake_quantize.py``), or ``fp32``. The reference is float32's in any case.
         keep: layers that stay in float32 then, as patterns of their names.

@@ -21,6 +21,8 @@ from mteo_deploy.requests import GUIDANCE_SCALE
 
 SLOW = 0.1
 """Learning rate of single numbers (times, points, coefficients) beside that of vectors: each moves the whole image."""
+SETTLED = 0.5
+"""Share of the iterations before the solver's coefficients begin to move, for embeddings that have found their place."""
 
 
 class Student(torch.nn.Module):
@@ -102,10 +104,12 @@ class Student(torch.nn.Module):
         return values.to(next(self.adapter[0].parameters()).dtype) if values.is_floating_point() else values
 
     def groups(self, lr: float) -> list[dict[str, Any]]:
-        """Parameters with their learning rates, for an optimizer."""
+        """Parameters for an optimizer, their learning ``rate``, and ``after`` which share of the iterations they move."""
         vectors = [] if self.recipe.share == "time" else [self.delta]
-        numbers = [p for p in self.parameters() if all(p is not v for v in vectors)]
-        return [{"params": ps, "lr": rate, "rate": rate} for ps, rate in ((vectors, lr), (numbers, lr * SLOW)) if ps]
+        coefficients = [] if self.learned is None or self.learned.factors is None else [self.learned.factors]
+        numbers = [p for p in self.parameters() if all(p is not one for one in (*vectors, *coefficients))]
+        found = (vectors, lr, 0.0), (numbers, lr * SLOW, 0.0), (coefficients, lr * SLOW, SETTLED)
+        return [{"params": ps, "lr": rate, "rate": rate, "after": after} for ps, rate, after in found if ps]
 
     @torch.no_grad()
     def deltas(self) -> dict[str, NDArray[np.float32]]:

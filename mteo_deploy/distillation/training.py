@@ -130,8 +130,9 @@ def _iterate(
         optimizer.zero_grad(set_to_none=True)
         loss = _step(student, data, iteration, processes, features)
         torch.nn.utils.clip_grad_norm_(list(student.parameters()), 1.0)
+        done = iteration / recipe.iterations
         for group in optimizer.param_groups:
-            group["lr"] = group["rate"] * 0.5 * (1 + math.cos(math.pi * iteration / recipe.iterations))
+            group["lr"] = group["rate"] * 0.5 * (1 + math.cos(math.pi * done)) if done >= group["after"] else 0.0
         optimizer.step()
         report.advance(task, 1, f"loss {loss.item():.4f}")
         if processes.main and time.monotonic() - saved > 30:
