@@ -51,6 +51,8 @@ TEACHER, TEACHER_EVALUATIONS = "euler", 20
 """Whose trajectories all learn from that learns here: the packaged sets' teacher."""
 PLAIN_SCHEDULES = (None, "time-uniform")
 """Time points of the plain solvers: the backbone's own, and those that plain Euler is nearer with at 4 and 5 evaluations."""
+BASES = (("euler", None), ("ipndm-2", None), ("deis-2", "time-uniform"))
+"""Solvers and time points that a neighbour may stand on; the last is the best plain solver of 3 to 6 evaluations."""
 DDIM = (10, 20)
 """Evaluations of plain DDIM that MTEO's few are held against."""
 
@@ -217,42 +219,45 @@ class Laboratory:
         for solver, path in self.sets(count).items():
             sampler, found = Sampler.load(self.bundle(count, solver)), EmbeddingSet.load(path)
             learned, seconds = found.training["parameters"], found.training["seconds"]
-            yield Way("MTEO", solver, count, sampler.image, learned, seconds, sha256_file(path)[:12], taught(found.training))
+            schedule = found.plain_plan.schedule
+            detail = _detail(solver, None if schedule == self.adapter.levels.default_schedule else schedule)
+            yield Way("MTEO", detail, count, sampler.image, learned, seconds, sha256_file(path)[:12], taught(found.training))
 
     def neighbour(self, method: str, count: int) -> Way:
-        """The better of Euler and second-order iPNDM below it, by the loss it was trained to; learned once."""
-        best = min((self._learned(method, count, order) for order in (1, 2)), key=lambda one: one["loss"])
-        student = restore(self._student(method, count, best["order"]), best["numbers"]).eval()
+        """On the best of ``BASES``, by the loss it was trained to; learned once."""
+        best = min((self._learned(method, count, *base) for base in BASES), key=lambda one: one["loss"])
+        student = restore(self._student(method, count, best["solver"], best["schedule"]), best["numbers"]).eval()
 
         @torch.no_grad()
         def draw(noise: Array) -> Array:
             return student(torch.from_numpy(noise), self.network).numpy()
 
         learned = sum(parameter.numel() for parameter in student.parameters())
-        solver = "euler" if best["order"] == 1 else f"ipndm-{best['order']}"
-        teacher = f"{best['teacher']} ({best['teacher_evaluations']})"
+        teacher, solver = f"{best['teacher']} ({best['teacher_evaluations']})", _detail(best["solver"], best["schedule"])
         return Way(method, solver, count, draw, learned, best["seconds"], digest(best["numbers"]), teacher)
 
-    def _student(self, method: str, count: int, order: int) -> Neighbour:
-        return METHODS[method](self.adapter.levels, self.adapter.compile_plan(count).sigmas, order)
+    def _student(self, method: str, count: int, solver: str, schedule: str | None) -> Neighbour:
+        return METHODS[method](self.adapter.levels, self.adapter.compile_plan(count, schedule=schedule).sigmas, solver)
 
-    def _learned(self, method: str, count: int, order: int) -> dict[str, Any]:
+    def _learned(self, method: str, count: int, solver: str, schedule: str | None) -> dict[str, Any]:
         """The line of a neighbour on one solver, of this budget."""
         args = self.args
-        key = {"method": method, "evaluations": count, "order": order}
+        key: dict[str, Any] = {"method": method, "evaluations": count, "solver": solver, "schedule": schedule}
         key |= {"teacher": TEACHER, "teacher_evaluations": TEACHER_EVALUATIONS}
         key |= {"trajectories": args.trajectories, "iterations": args.neighbour_iterations, "lr": METHODS[method].lr}
         if (found := self.neighbours.find(**key)) is not None:
             return found
         noise, images = self.trajectories()
-        student, clock = self._student(method, count, order), time.monotonic()
+        student, clock = self._student(method, count, solver, schedule), time.monotonic()
 
         def network(state: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
             return self.adapter(state, *self.adapter.embeddings(timestep.reshape(1)))
 
         losses = learn(student, network, noise, images, Budget(iterations=args.neighbour_iterations))
         found = {"first_loss": losses[0], "loss": float(np.mean(losses[-20:])), "seconds": round(time.monotonic() - clock, 1)}
-        self.console.print(f"{method}, {count} evaluations, order {order}: loss {losses[0]:.4f} -> {found['loss']:.4f}")
+        self.console.print(
+            f"{method}, {count} evaluations, {_detail(solver, schedule)}: loss {losses[0]:.4f} -> {found['loss']:.4f}"
+        )
         return self.neighbours.add({**key, **found, "numbers": numbers(student)})
 
     def trajectories(self) -> tuple[torch.Tensor, torch.Tensor]:

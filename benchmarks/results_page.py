@@ -19,7 +19,8 @@ ORDER = ("plain Euler", "plain", "scalar time", "time points", "principal direct
 LABELS = {"plain": "best plain solver"}
 NEIGHBOURS = (
     " The neighbours are written after their papers' ideas in `benchmarks/neighbours.py`; "
-    "each stands on the better of Euler and second-order iPNDM, by the loss it learned with, {budget}."
+    "each stands on the best of Euler, second-order iPNDM and, on time-uniform points, second-order DEIS, by the loss it "
+    "learned with, {budget}."
 )
 
 

@@ -28,14 +28,18 @@ def network_of(adapter: Adapter):
     return lambda state, timestep: adapter(state, *adapter.embeddings(timestep.reshape(1)))
 
 
-@pytest.mark.parametrize(("order", "solver"), [(1, "euler"), (2, "ipndm-2")])
-def test_all_begin_as_the_plain_solver(order: int, solver: str, neighbours: ModuleType, tiny_adapter: Adapter) -> None:
+@pytest.mark.parametrize(
+    ("solver", "schedule"), [("euler", None), ("ipndm-2", None), ("deis-2", None), ("deis-2", "time-uniform")]
+)
+def test_all_begin_as_the_plain_solver(
+    solver: str, schedule: str | None, neighbours: ModuleType, tiny_adapter: Adapter
+) -> None:
     """Torch's own sampler, the plan, is the yardstick; every neighbour is it before anything is learned."""
-    plan, noise = tiny_adapter.compile_plan(4, solver), torch.from_numpy(noise_for((1, 8, 8), 0, range(4)))
+    plan, noise = tiny_adapter.compile_plan(4, solver, schedule), torch.from_numpy(noise_for((1, 8, 8), 0, range(4)))
     with torch.no_grad():
         expected = plans.run(plan, noise, lambda i, x: tiny_adapter.at_timestep(x, plan.evaluations[i].timestep))[-1]
         for method in (neighbours.Neighbour, *neighbours.METHODS.values()):
-            student = method(tiny_adapter.levels, plan.sigmas, order)
+            student = method(tiny_adapter.levels, plan.sigmas, solver)
             torch.testing.assert_close(student(noise, network_of(tiny_adapter)), expected, rtol=1e-3, atol=1e-3)
 
 
@@ -46,12 +50,12 @@ def test_each_learns_and_is_restored(name: str, neighbours: ModuleType, tiny_ada
     with torch.no_grad():
         images = plans.run(fine, noise, lambda i, x: tiny_adapter.at_timestep(x, fine.evaluations[i].timestep))[-1]
     grid = tiny_adapter.compile_plan(3).sigmas
-    student = neighbours.METHODS[name](tiny_adapter.levels, grid, 1)
+    student = neighbours.METHODS[name](tiny_adapter.levels, grid, "euler")
     before = (student(noise, network_of(tiny_adapter)) - images).square().mean().item()
     neighbours.learn(student, network_of(tiny_adapter), noise, images, neighbours.Budget(iterations=25, batch=16))
     after = (student(noise, network_of(tiny_adapter)) - images).square().mean().item()
     assert after < 0.95 * before
-    again = neighbours.restore(neighbours.METHODS[name](tiny_adapter.levels, grid, 1), neighbours.numbers(student))
+    again = neighbours.restore(neighbours.METHODS[name](tiny_adapter.levels, grid, "euler"), neighbours.numbers(student))
     with torch.no_grad():
         torch.testing.assert_close(*(one(noise, network_of(tiny_adapter)) for one in (again, student)))
     sigmas = student.sigmas().detach().numpy()
@@ -60,7 +64,7 @@ def test_each_learns_and_is_restored(name: str, neighbours: ModuleType, tiny_ada
 
 def test_timesteps_are_those_of_the_schedule(neighbours: ModuleType, tiny_adapter: Adapter) -> None:
     sigmas = tiny_adapter.compile_plan(7).sigmas
-    student = neighbours.Neighbour(tiny_adapter.levels, sigmas, 1)
+    student = neighbours.Neighbour(tiny_adapter.levels, sigmas, "euler")
     found = student.timesteps(torch.tensor(sigmas, dtype=torch.float64)).numpy()
     np.testing.assert_allclose(found, tiny_adapter.levels.timestep(np.array(sigmas)), atol=1e-6)
 
