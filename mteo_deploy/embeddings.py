@@ -146,7 +146,8 @@ def merge(
     """The weighted sum of embedding sets of one backbone and plan.
 
     Sets that were learned apart err apart, and their mean may be nearer than each (weights averaged after training: Wortsman et
-    al. 2022, arXiv 2203.05482). Weights that sum to less than 1 keep a part of the pretrained embeddings.
+    al. 2022, arXiv 2203.05482). Weights that sum to less than 1 keep a part of the pretrained embeddings; with more than 1 they
+    go further the way that was learned.
 
     Args:
         sets: sets or their files.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from helpers import network_of
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from mteo_deploy import assets
 from mteo_deploy.embeddings import FORMAT, VERSION, EmbeddingSet, merge
 from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.base import Adapter, site_dict
@@ -214,3 +216,19 @@ def test_merge_says_what_it_expected(learned: EmbeddingSet, tmp_path: Path) -> N
     wide = replace(learned, deltas={**learned.deltas, site: np.zeros((4, 3), np.float32)})
     with pytest.raises(InputError, match=f"at site '{site}'"):
         merge([learned, wide])
+
+
+def test_packaged_sets_are_made_from_nothing_by_the_commands_of_their_card() -> None:
+    """One recipe for every number of evaluations, without ``--init``, whose set would have to be made first."""
+    card = (assets.MODEL / "README.md").read_text(encoding="utf-8")
+    command = card[card.index("    mteo-deploy distill --steps") : card.index("From 5 evaluations on")]
+    asked = dict(re.findall(r"--([\w-]+) ([\w.]+)", command))
+    for name, path in assets.embedding_sets().items():
+        (part,) = EmbeddingSet.load(path).training["merged"]
+        recipe, reference = part["training"]["recipe"], part["training"]["reference"]
+        assert f"{part['weight']:g}" == asked["weights"] and "init" not in part["training"], name
+        for option in ("teacher", "trajectories", "iterations", "batch", "loss"):
+            assert str(recipe[option]) == asked[option], (name, option)
+        assert recipe["learn"] == [asked["learn"]] and recipe["teacher_evaluations"] == int(asked["teacher-evaluations"])
+        assert f"| `{name.rpartition('-')[0]}` | {part['training']['parameters']:,} |" in card
+        assert 0 <= reference["evaluations"] - recipe["teacher_evaluations"] < int(name.rpartition("-")[2])
