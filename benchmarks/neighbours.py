@@ -27,7 +27,6 @@ import torch
 from mteo_deploy.distillation.losses import distance
 from mteo_deploy.schedules import NoiseLevels
 
-SOLVERS = ("euler", "ipndm-2", "deis-2")
 TIMESTEPS = 100.0
 """What a learned offset of 1 is in the backbone's timesteps: Adam moves every number by about its learning rate."""
 
@@ -43,7 +42,7 @@ class Neighbour(torch.nn.Module):
 
     Args:
         sigmas: ``steps + 1`` noise levels, highest first.
-        solver: one of ``SOLVERS``.
+        solver: ``euler``, ``ipndm-2`` or ``deis-2``.
     """
 
     lr = 0.02

@@ -185,7 +185,8 @@ def write_page(
         error_table(rows),
         cost_table(rows),
         "Gap closed: of the distance between plain Euler and the reference trajectory. Squared error: of the image against "
-        "the reference trajectory's of the same noise. The best plain solver of each count and its time points, those "
+        "the reference trajectory's of the same noise. Seconds are those of each training where it ran, on one or two threads "
+        "and often beside others. The best plain solver of each count and its time points, those "
         "of DDIM, and the solver below MTEO where there are sets for several, are chosen by the Fréchet distance of "
         f"{context['screen']:,} images; plain Euler is on the backbone's own schedule."
         + (NEIGHBOURS.format(**context) if {row["method"] for row in rows} & set(METHODS) else ""),
