@@ -5,6 +5,8 @@ Exit codes: 0 done, 1 ``verify`` found something wrong, 2 bad input or environme
 
 from __future__ import annotations
 
+import os
+
 import click
 
 from mteo_deploy import __version__
@@ -21,6 +23,7 @@ from mteo_deploy.commands.merge import merge
 from mteo_deploy.commands.profile import profile
 from mteo_deploy.commands.sample import sample
 from mteo_deploy.commands.verify import verify
+from mteo_deploy.processors import fewer_processors
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -47,6 +50,8 @@ def main() -> None:
     Example:  mteo-deploy export --steps 4 -o bundle && mteo-deploy build bundle
               mteo-deploy sample bundle --num 64 -o grid.png && mteo-deploy verify bundle
     """
+    if (count := fewer_processors()) is not None:
+        os.environ.setdefault("OMP_NUM_THREADS", str(count))  # torch, which no verb has imported yet, sees no quota
 
 
 for verb in (distill, merge, export, build, sample, verify, profile, bench, evaluate, inspect, push, pull, doctor, cache):

@@ -19,6 +19,7 @@ build met are files of the built engine. A session works on a copy of them: the 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import tempfile
 import weakref
@@ -39,9 +40,12 @@ from mteo_deploy.engines.options import of
 from mteo_deploy.engines.ortvalues import BoundSession, EngineFiles, OrtDevice
 from mteo_deploy.errors import EngineError, InputError, MissingPackageError
 from mteo_deploy.precision import NAMES
+from mteo_deploy.processors import fewer_processors
 from mteo_deploy.progress import Reporter
 
 CPU = "CPUExecutionProvider"
+THREADS = "ORT_INTRA_OP_NUM_THREADS"
+"""A variable that ONNX Runtime reads where a session names no number of threads."""
 SPINNING = {
     "off": {"session.intra_op.allow_spinning": "0"},
     "run": {"session.force_spinning_stop": "1"},
@@ -82,6 +86,24 @@ def _package() -> Any:
     except ImportError:
         raise MissingPackageError("the engine onnxruntime is not installed; run: pip install 'mteo-deploy[cpu]'") from None
     return onnxruntime
+
+
+def session_options(threads: int | None = None) -> Any:
+    """ONNX Runtime's ``SessionOptions``, without its warnings.
+
+    Args:
+        threads: inside an operator; None for ONNX Runtime's choice, a thread for each core of the machine, or for as many as
+            this process has processors where these are fewer: ONNX Runtime sees no affinity and no quota.
+    """
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 3
+    if threads is None and THREADS not in os.environ:
+        threads = fewer_processors()
+    if threads is not None:
+        settings.intra_op_num_threads = threads
+    return settings
 
 
 @cache
@@ -236,16 +258,12 @@ class OnnxRuntimeBackend:
     def _session(
         bundle: Bundle, graph: str, options: Mapping[str, Any], providers: Sequence[Any], profile: str | None = None
     ) -> Any:
-        onnxruntime = _package()
-        settings = onnxruntime.SessionOptions()
-        settings.log_severity_level = 3
-        own = of(OPTIONS, options)
+        onnxruntime, own = _package(), of(OPTIONS, options)
+        settings = session_options(options.get("threads"))
         settings.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, OPTIMIZATION[own["optimization"]])
         if profile is not None:
             settings.enable_profiling = True
             settings.profile_file_prefix = profile
-        if options.get("threads"):
-            settings.intra_op_num_threads = int(options["threads"])
         settings.add_session_config_entry("session.disable_prepacking", str(int(own["prepacking"] == "off")))
         for key, value in SPINNING[own["spinning"]].items():
             settings.add_session_config_entry(key, value)

@@ -26,6 +26,7 @@ from mteo_deploy.engines.device import Values, closed
 from mteo_deploy.engines.options import of
 from mteo_deploy.errors import EngineError, MissingPackageError
 from mteo_deploy.precision import NAMES
+from mteo_deploy.processors import fewer_processors
 from mteo_deploy.progress import Reporter
 
 DEVICES = {"cpu": "CPU"}
@@ -183,8 +184,8 @@ class OpenVinoBackend:
             "PERFORMANCE_HINT": own["hint"].upper(),
             "INFERENCE_PRECISION_HINT": PRECISION_HINT[options.get("precision", "fp32")],
         }
-        if options.get("threads"):
-            config["INFERENCE_NUM_THREADS"] = str(options["threads"])
+        if threads := options.get("threads") or fewer_processors():
+            config["INFERENCE_NUM_THREADS"] = str(threads)
         given = {name: property for name, property in PROPERTIES.items() if own[name] is not None}
         config |= {property: SWITCH.get(own[name], str(own[name])) for name, property in given.items()}
         return core, config

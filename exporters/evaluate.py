@@ -15,6 +15,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
+from mteo_deploy.engines.onnxruntime import session_options
 from mteo_deploy.exporters.emulate import emulate, has_bf16
 from mteo_deploy.exporters.passes.share import SHAPES
 
@@ -80,8 +81,7 @@ def evaluate(model: ir.Model, feeds: Mapping[str, NDArray[Any]], *, reference: b
 
     inputs = {value.name: value for value in light.graph.inputs}
     wanted |= {name: _feed(light.graph, inputs[name], tensor.numpy()) for name, tensor in weights.items()}
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options = session_options()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # what the graph says, no more
     proto = ir.to_proto(light).SerializeToString()
     session = onnxruntime.InferenceSession(proto, options, providers=["CPUExecutionProvider"])

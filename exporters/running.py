@@ -18,6 +18,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from mteo_deploy.engines.onnxruntime import session_options
 from mteo_deploy.errors import MissingPackageError
 from mteo_deploy.exporters.base import Adapter
 from mteo_deploy.exporters.emulate import emulate, has_bf16
@@ -64,8 +65,7 @@ class Graphs:
         path = self._directory / f"graph_{self._count}.onnx"
         self._count += 1
         ir.save(model, path)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        options = session_options()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         inputs, names = [v.name for v in session.get_inputs()], [v.name for v in session.get_outputs()]

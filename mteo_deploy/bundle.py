@@ -141,8 +141,7 @@ class Bundle:
     @cached_property
     def plain_plan(self) -> Plan:
         """The plan before any of its numbers was learned: the plain solver, on the backbone with ordinary time conditioning."""
-        start = self.manifest["embeddings"]["training"].get("plain_plan")
-        return self.plan if start is None else Plan.from_json(start)
+        return self.plan.before_learning(self.manifest["embeddings"]["training"])
 
     @cached_property
     def reference_plan(self) -> Plan:

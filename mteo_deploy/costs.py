@@ -15,7 +15,8 @@ import numpy as np
 from mteo_deploy import cold_start, latency
 from mteo_deploy.bundle import Bundle
 from mteo_deploy.engines.base import Session
-from mteo_deploy.machine import EnergyCounter, Reach, processors, reach
+from mteo_deploy.machine import EnergyCounter, Reach, reach
+from mteo_deploy.processors import processors
 from mteo_deploy.realisations import Stepwise
 from mteo_deploy.sampler import Sampler, noise_for
 

@@ -50,8 +50,7 @@ class EmbeddingSet:
     @property
     def plain_plan(self) -> Plan:
         """The plan before any of its numbers was learned."""
-        start = self.training.get("plain_plan")
-        return self.plan if start is None else Plan.from_json(start)
+        return self.plan.before_learning(self.training)
 
     @property
     def guidance(self) -> tuple[float | None, int | None]:

@@ -141,11 +141,6 @@ class Reach:
     bytes: float
 
 
-def processors() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def reach(threads: int, seconds: float = 0.5) -> Reach:
     """Measure :class:`Reach` in a process of its own: numpy's threads are set before it is loaded.
 

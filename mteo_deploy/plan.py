@@ -14,7 +14,7 @@ and after the last evaluation ``y`` is the image itself (the last scale is folde
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,6 +132,11 @@ class Plan:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise BundleError(f"expected a plan with hexadecimal floats; found a bad field ({error}); export again") from None
+
+    def before_learning(self, training: Mapping[str, Any]) -> Plan:
+        """This plan before any of its numbers was learned, from what the training of the embedding set reported."""
+        start = training.get("plain_plan")
+        return self if start is None else Plan.from_json(start)
 
 
 def denoised_coefficients(prediction_type: str, sigma: float, levels: Levels) -> tuple[float, float]:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mteo_deploy.engines.onnxruntime import session_options
 from mteo_deploy.errors import EngineError, InputError, MissingPackageError
 from mteo_deploy.images import to_uint8
 
@@ -113,7 +114,7 @@ def _onnx(path: Path) -> Features:
     except ModuleNotFoundError:
         raise MissingPackageError(f"{path} needs onnxruntime; run: pip install 'mteo-deploy[cpu]'") from None
     try:
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(str(path), session_options(), providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no common base
         raise EngineError(f"expected a feature network that ONNX Runtime opens; {path}: {str(error).splitlines()[0]}") from None
     inputs, output = session.get_inputs(), session.get_outputs()[0].name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +15,7 @@ from mteo_deploy.costs import measure_costs
 from mteo_deploy.errors import InputError
 from mteo_deploy.gates import Budgets, against, check_comparable
 from mteo_deploy.numerics import Check
+from mteo_deploy.processors import in_words
 from mteo_deploy.progress import reporter
 from mteo_deploy.report import Report
 from mteo_deploy.sampler import Sampler, noise_for
@@ -68,7 +68,7 @@ def environment(sampler: Sampler) -> dict[str, str]:
     found = {
         "mteo-deploy": __version__,
         "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors",
+        "system": f"{platform.system()} {platform.machine()}, {in_words()}",
     }
     if sampler.built is not None:
         parts = sampler.built.record["parts"]
