@@ -109,3 +109,12 @@ def test_threads_of_torch(set_to: str | None, expected: str, monkeypatch: pytest
     monkeypatch.setattr("mteo_deploy.cli.fewer_processors", lambda: 1)
     assert CliRunner().invoke(main, ["cache", "--help"]).exit_code == 0
     assert os.environ["OMP_NUM_THREADS"] == expected
+
+
+def test_doctor_and_reports_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # set back at the end
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(processors, "processors", lambda: 3)
+    assert "this process may use 3 of 8 processors" in CliRunner().invoke(main, ["doctor"]).output
+    monkeypatch.setattr(processors, "processors", lambda: 8)
+    assert "may use" not in CliRunner().invoke(main, ["doctor"]).output

@@ -16,11 +16,14 @@ def doctor(as_json: bool) -> None:
     Example:  mteo-deploy doctor
     """
     from mteo_deploy.engines import doctor as run
+    from mteo_deploy.processors import fewer_processors, in_words
 
     found = run()
     if as_json:
         emit(found)
         return
+    if fewer_processors() is not None:
+        click.echo(f"this process may use {in_words()}, and engines on the cpu run as many threads")
     for entry in found:
         if "problem" in entry:
             click.echo(f"{entry['engine']}: {entry['problem']}")
