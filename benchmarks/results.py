@@ -55,6 +55,8 @@ BASES = (("euler", None), ("ipndm-2", None), ("deis-2", "time-uniform"))
 """Solvers and time points that a neighbour may stand on; the last is the best plain solver of 3 to 6 evaluations."""
 DDIM = (10, 20)
 """Evaluations of plain DDIM that MTEO's few are held against."""
+LARGER = 10_000
+"""Images of one seed whose figures stand on the page too, where they are in the file."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ class Laboratory:
         self.classifier = load(args.classifier)
         self.real: Statistics
         self.real, self.facts = real_statistics(self.classifier, [args.data / "mnist_test.npz"], 0)
-        self.facts["train"] = self._of_training_images()
+        self.facts["train"] = {num: self._of_training_images(num) for num in (args.num, LARGER)}
         made_by = {"backbone": self.adapter.fingerprint()[:12], "classifier": sha256_file(args.classifier)[:12]}
         self.figures = Lines(args.output / "figures.jsonl", made_by)
         self.neighbours = Lines(args.output / "neighbours.jsonl", {"backbone": made_by["backbone"]})
@@ -132,10 +134,10 @@ class Laboratory:
         self.conditioned = Sampler.load(self.bundle(count, next(iter(self.sets(count)))))
         self._references: dict[int, Array] = {}
 
-    def _of_training_images(self) -> float:
+    def _of_training_images(self, num: int) -> float:
         """Fréchet distance of as many images of the training set as a way draws: what no sampler can be asked to beat."""
         images = load_images(self.args.data / "mnist_train.npz", SIZE, 1)
-        rows = np.random.default_rng(0).permutation(len(images))[: self.args.num]
+        rows = np.random.default_rng(0).permutation(len(images))[:num]
         return frechet_distance(Statistics.of(classify(self.classifier, images[rows])[0]), self.real)
 
     def sets(self, count: int) -> dict[str, Path]:
@@ -281,11 +283,21 @@ class Laboratory:
 
     # --- the figures ---
 
+    @staticmethod
+    def _key(way: Way, seed: int, num: int) -> dict[str, Any]:
+        key = {"method": way.method, "detail": way.detail, "evaluations": way.evaluations, "seed": seed, "num": num}
+        return key | ({"embeddings": way.embeddings} if way.embeddings else {})
+
+    def larger(self) -> list[dict[str, Any]]:
+        """Figures of ``LARGER`` images of the first seed, as far as there are any; none is measured."""
+        if self.args.num >= LARGER:
+            return []
+        found = (self.figures.find(**self._key(way, self.args.seeds[0], LARGER)) for way in self.ways())
+        return [row for row in found if row is not None]
+
     def measure(self, way: Way, seed: int, num: int) -> dict[str, Any]:
         """Fréchet distance, share named above 0.9 and squared error; taken from the file where it stands there."""
-        key = {"method": way.method, "detail": way.detail, "evaluations": way.evaluations, "seed": seed, "num": num}
-        key |= {"embeddings": way.embeddings} if way.embeddings else {}
-        said = {"teacher": way.teacher} if way.teacher else {}
+        key, said = self._key(way, seed, num), {"teacher": way.teacher} if way.teacher else {}
         if (found := self.figures.find(**key)) is not None:
             return found | said
         clock = time.monotonic()
@@ -357,7 +369,7 @@ def main() -> None:
             "budget": f"in {args.neighbour_iterations} iterations of {Budget.batch} out of {args.trajectories:,} trajectories",
             "classifier_test_accuracy": laboratory.classifier.test_accuracy,
         }
-        write_page(args.output, rows, strips, context)
+        write_page(args.output, rows, strips, context, laboratory.larger())
         print(f"wrote {args.output}, seeds {', '.join(map(str, args.seeds[:done]))}")
 
 

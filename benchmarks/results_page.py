@@ -89,8 +89,11 @@ def error_table(rows: Rows) -> str:
 
 
 def gap_table(rows: Rows) -> str:
-    names = [name for name in methods(rows) if name != "plain Euler"]
-    return simple_table(rows, "gap closed at evaluations", lambda name, n: f"{closed(rows, name, n):.1%}", names)
+    def cell(name: str, n: int) -> str:
+        share = closed(rows, name, n)
+        return "no gap" if share is None else f"{share:.1%}"
+
+    return simple_table(rows, "gap closed at evaluations", cell, [name for name in methods(rows) if name != "plain Euler"])
 
 
 def cost_table(rows: Rows) -> str:
@@ -162,10 +165,35 @@ def strip(strips: Mapping[tuple[str, int], NDArray[np.float32]], rows: Rows, pat
     return [f"{LABELS.get(name, name)}, {n}" for name, n in shown]
 
 
+def section_of_more(rows: Rows, real: Mapping[str, Any]) -> list[str]:
+    """The same of more images of one seed; nothing where the reference trajectory, MTEO or plain Euler is missing."""
+    wanted = [n for n in counts(rows) if of(rows, "plain Euler", n)]
+    if not wanted or not of(rows, "reference"):
+        return []
+    rows = [row for row in rows if row["method"] in ("DDIM", "reference") or row["evaluations"] in wanted]
+    (num,), (seed,) = {row["num"] for row in rows}, {row["seed"] for row in rows}
+    return [
+        f"## {num:,} images",
+        f"Of seed {seed} (`--num {num} --seeds {seed}`), as far as they were drawn; as many images of the training set are "
+        f"{real['train'][num]:.2f} away.",
+        "\n".join(f"- {line}" for line in findings(rows)),
+        frechet_table(rows),
+        gap_table(rows),
+    ]
+
+
 def write_page(
-    output: Path, rows: Rows, strips: Mapping[tuple[str, int], NDArray[np.float32]], context: Mapping[str, Any]
+    output: Path,
+    rows: Rows,
+    strips: Mapping[tuple[str, int], NDArray[np.float32]],
+    context: Mapping[str, Any],
+    larger: Rows = (),
 ) -> None:
-    """``README.md``, ``quality.png`` and ``strips.png`` in ``output``."""
+    """``README.md``, ``quality.png`` and ``strips.png`` in ``output``.
+
+    Args:
+        larger: rows of more images, of one seed; not all methods and counts need be there.
+    """
     output.mkdir(parents=True, exist_ok=True)
     plot(rows, output / "quality.png")
     shown = strip(strips, rows, output / "strips.png")
@@ -175,7 +203,7 @@ def write_page(
         f"{context['num']:,} images {'for each of the seeds' if len(context['seeds']) > 1 else 'of seed'} {seeds}, "
         f"from the same noise for every method, against the {real['count']:,} MNIST test images, on the features of a digit "
         f"classifier ({context['classifier_test_accuracy']:.2%} right on them). As many images of the training set are "
-        f"{real['train']:.2f} away: the distance is biased upwards by finite samples, for all alike."
+        f"{real['train'][context['num']]:.2f} away: the distance is biased upwards by finite samples, for all alike."
         + (" Mean and half of the range over the seeds." if len(context["seeds"]) > 1 else "")
         + " `make results DATA=DIRECTORY` makes this page, from the figures in `figures.jsonl` and what is not there yet.",
         "![Fréchet distance against evaluations](quality.png)",
@@ -191,5 +219,6 @@ def write_page(
         f"{context['screen']:,} images; plain Euler is on the backbone's own schedule."
         + (NEIGHBOURS.format(**context) if {row["method"] for row in rows} & set(METHODS) else ""),
         f"![Image strips](strips.png)\n\nRows from above: {'; '.join(shown)}. Columns share their noise.",
+        *section_of_more(larger, real),
     ]
     write(output / "README.md", lambda path: path.write_text("\n\n".join(parts) + "\n", encoding="utf-8"))

@@ -114,10 +114,14 @@ def test_page_says_what_the_figures_say(rows: list[dict[str, object]], neighbour
     import results_page
 
     images = {(row["method"], row["evaluations"]): np.zeros((12, 1, 8, 8), np.float32) for row in rows}
-    real = {"count": 9, "train": 0.2}
+    real = {"count": 9, "train": {100: 0.2, 500: 0.1}}
     context = {"num": 100, "screen": 10, "seeds": [0, 1], "real": real, "classifier_test_accuracy": 0.99}
-    results_page.write_page(tmp_path, rows, images, context)
-    page = (tmp_path / "README.md").read_text()
+    more = [{**row, "num": 500} for row in rows if row["seed"] == 0 and row["method"] != "plain"]
+    more = [row for row in more if (row["method"], row["evaluations"]) != ("plain Euler", 8)]
+    results_page.write_page(tmp_path, rows, images, context, more)
+    page, _, larger = (tmp_path / "README.md").read_text().partition("## 500 images")
+    assert "Of seed 0 (`--num 500 --seeds 0`)" in larger and "0.10 away" in larger and "0.20 away" in page
+    assert "| Fréchet distance at evaluations | 3 |\n" in larger and "| MTEO | **2.00** |" in larger
     assert "MTEO is first at 3 of 3 evaluations" in page
     assert (
         "| MTEO | **2.25 ± 0.25** | 1.75 ± 0.25 |" in page and "| best plain solver | 20.25 ± 0.25 | **1.25 ± 0.25** |" in page
