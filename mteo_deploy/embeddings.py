@@ -96,8 +96,9 @@ class EmbeddingSet:
                 f"found {found.get(site, 'none')}; learn a set with: mteo-deploy distill --model DIR --steps N -o FILE"
             )
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """Write the file atomically."""
+        path = Path(path)
         header = {"format": FORMAT, "version": VERSION, "backbone": self.backbone, "training": self.training}
         metadata = {"mteo": json.dumps({**header, "plan": self.plan.to_json()})}
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -110,12 +111,13 @@ class EmbeddingSet:
             temporary.unlink(missing_ok=True)
 
     @classmethod
-    def load(cls, path: Path) -> EmbeddingSet:
+    def load(cls, path: Path | str) -> EmbeddingSet:
         """Read a file written by :meth:`save`.
 
         Raises:
             InputError: when the file is missing, not an embedding set, or of a newer version.
         """
+        path = Path(path)
         if not path.is_file():
             raise InputError(
                 f"expected an embedding set (a .safetensors file) at {path}; found nothing there; "
@@ -191,5 +193,5 @@ def merge(
     }
     merged = EmbeddingSet(deltas, first.plan, first.backbone, training)
     if output is not None:
-        merged.save(Path(output))
+        merged.save(output)
     return merged

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from mteo_deploy import assets
+from mteo_deploy.distillation import Recipe
 from mteo_deploy.embeddings import FORMAT, VERSION, EmbeddingSet, merge
 from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.base import Adapter, site_dict
@@ -218,17 +219,23 @@ def test_merge_says_what_it_expected(learned: EmbeddingSet, tmp_path: Path) -> N
         merge([learned, wide])
 
 
-def test_packaged_sets_are_made_from_nothing_by_the_commands_of_their_card() -> None:
+@pytest.mark.parametrize("name", assets.backbones())
+def test_packaged_sets_are_made_from_nothing_by_the_commands_of_their_card(name: str) -> None:
     """One recipe for every number of evaluations, without ``--init``, whose set would have to be made first."""
-    card = (assets.MODEL / "README.md").read_text(encoding="utf-8")
-    command = card[card.index("    mteo-deploy distill --steps") : card.index("From 5 evaluations on")]
-    asked = dict(re.findall(r"--([\w-]+) ([\w.]+)", command))
-    for name, path in assets.embedding_sets().items():
+    directory = assets.backbones()[name]
+    card = (directory / "README.md").read_text(encoding="utf-8")
+    (commands,) = (block for block in re.findall(r"(?:^ {4}.+\n)+", card, re.MULTILINE) if "distill" in block)
+    asked = dict(re.findall(r"--([\w-]+) ([\w.]+)", commands))
+    assert {"teacher", "trajectories", "iterations", "batch", "learn", "weights"} <= asked.keys()
+    for plan, path in assets.embedding_sets(directory).items():
         (part,) = EmbeddingSet.load(path).training["merged"]
         recipe, reference = part["training"]["recipe"], part["training"]["reference"]
-        assert f"{part['weight']:g}" == asked["weights"] and "init" not in part["training"], name
+        assert f"{part['weight']:g}" == asked["weights"] and "init" not in part["training"], plan
+        default = asdict(Recipe())
         for option in ("teacher", "trajectories", "iterations", "batch", "loss"):
-            assert str(recipe[option]) == asked[option], (name, option)
+            assert str(recipe[option]) == asked.get(option, str(default[option])), (plan, option)
         assert recipe["learn"] == [asked["learn"]] and recipe["teacher_evaluations"] == int(asked["teacher-evaluations"])
-        assert f"| `{name.rpartition('-')[0]}` | {part['training']['parameters']:,} |" in card
-        assert 0 <= reference["evaluations"] - recipe["teacher_evaluations"] < int(name.rpartition("-")[2])
+        assert f"{part['training']['parameters']:,} " in card
+        assert 0 <= reference["evaluations"] - recipe["teacher_evaluations"] < int(plan.rpartition("-")[2])
+        scale = (part["training"]["guidance"] or {}).get("scale")
+        assert scale == (float(asked["guidance-scale"]) if "guidance-scale" in asked else None)
