@@ -61,15 +61,15 @@ def main() -> None:
             block(way, noise, 1.0)
         blocks = [[block(way, noise, args.seconds) for way in ways] for _ in range(args.blocks)]
         ratio, low, high = bootstrap_median(np.array([ours.mean() / theirs.mean() for ours, theirs in blocks]))
-        both = {
-            f"{count} threads": dict(zip(("p50", "p99"), np.percentile(np.concatenate(times), (50, 99)).round(2), strict=True))
-            for count, times in zip((few, every), zip(*blocks, strict=True), strict=True)
-        }
+        both = {}
+        for count, times in zip((few, every), zip(*blocks, strict=True), strict=True):
+            p50, p99 = np.percentile(np.concatenate(times), (50, 99)).round(2).tolist()
+            both[f"{count} threads"] = {"p50": p50, "p99": p99}
         row = {"engine": args.engine, "may use": in_words(), "batch": batch, "ratio": [round(x, 3) for x in (ratio, low, high)]}
         rows.append(row | {"milliseconds": both})
         print(f"{args.engine}, {in_words()}, batch {batch}: mean time {ratio:.3f} [{low:.3f}, {high:.3f}]; {both}")
     if args.output:
-        args.output.write_text(json.dumps(rows, indent=1, default=float) + "\n", encoding="utf-8")
+        args.output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
