@@ -74,30 +74,47 @@ print(len(os.listdir("/proc/self/task")) - before)
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity") or (os.cpu_count() or 1) < 2, reason="needs Linux and two processors")
-@pytest.mark.parametrize(
-    ("options", "variable", "workers"),
-    [({}, None, 0), ({"threads": 3}, None, 2), ({}, "4", 3)],
-    ids=["own", "asked", "variable"],
-)
-def test_threads_of_onnx_runtime(options: dict[str, Any], variable: str | None, workers: int, tiny_bundle: Path) -> None:
+@pytest.mark.parametrize(("options", "workers"), [({}, 0), ({"threads": 3}, 2)], ids=["own", "asked"])
+def test_threads_of_onnx_runtime(options: dict[str, Any], workers: int, tiny_bundle: Path) -> None:
     """On one processor it opens no worker threads beside the caller, unless it was asked for them."""
-    environment = {**os.environ, **({onnxruntime.THREADS: variable} if variable else {})}
+    environment = {name: value for name, value in os.environ.items() if name != onnxruntime.THREADS}
     command = [sys.executable, "-c", COUNT, str(tiny_bundle), repr(options)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, str(workers)), done.stderr
 
 
-def test_threads_of_openvino(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_variable_of_onnx_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is set the session names no number, or ONNX Runtime would not look at it."""
+    monkeypatch.setattr(onnxruntime, "fewer_processors", lambda: 1)
+    monkeypatch.setenv(onnxruntime.THREADS, "4")
+    assert onnxruntime.session_options().intra_op_num_threads == 0
+    assert onnxruntime.session_options(2).intra_op_num_threads == 2
+    monkeypatch.delenv(onnxruntime.THREADS)
+    assert onnxruntime.session_options().intra_op_num_threads == 1
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two processors")
+def test_threads_of_openvino(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph that was compiled for two threads runs with one where it may use one."""
     pytest.importorskip("openvino", reason="the extra openvino is not installed")
     from mteo_deploy.engines import openvino
 
+    bundle, graph = Bundle.open(tiny_bundle), "graphs/step_00.onnx"
+
+    def opened(options: dict[str, Any], built: Path | None = None) -> Any:
+        sizes: Any = openvino.BACKEND.open(bundle, graph, "cpu", {"batch": [1], **options}, built)
+        return sizes.sessions[1]
+
+    def threads(session: Any) -> int:
+        return int(session._compiled.get_property("INFERENCE_NUM_THREADS"))
+
+    monkeypatch.setattr(openvino, "fewer_processors", lambda: 2)
+    wide = opened({})
+    wide.save(tmp_path, graph)
     monkeypatch.setattr(openvino, "fewer_processors", lambda: 1)
-    session: Any = openvino.BACKEND.open(Bundle.open(tiny_bundle), "graphs/step_00.onnx", "cpu", {"batch": [1]})
-    assert session is not None
-    assert openvino.BACKEND._config("cpu", {})[1]["INFERENCE_NUM_THREADS"] == "1"
-    assert openvino.BACKEND._config("cpu", {"threads": 2})[1]["INFERENCE_NUM_THREADS"] == "2"
-    monkeypatch.setattr(openvino, "fewer_processors", lambda: None)
-    assert "INFERENCE_NUM_THREADS" not in openvino.BACKEND._config("cpu", {})[1]
+    narrow = opened({}, tmp_path)
+    assert narrow._read is not None and (threads(wide), threads(narrow)) == (2, 1)
+    assert threads(opened({"threads": 2})) == 2
 
 
 @pytest.mark.parametrize(("set_to", "expected"), [(None, "1"), ("5", "5")])
