@@ -5,6 +5,9 @@ The command line prints the message on one line and exits with ``exit_code``.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class MteoError(Exception):
     """Base of every error this package raises on bad input or a bad environment (exit code 2)."""
@@ -26,3 +29,24 @@ class MissingPackageError(MteoError):
 
 class EngineError(MteoError):
     """An engine refused to build, open or run, or is on another device than asked for."""
+
+
+@contextmanager
+def border(what: str, way_out: str, error: type[MteoError] = InputError) -> Iterator[None]:
+    """A call into another library: whatever exception it ends in becomes one line. Our own errors pass.
+
+    Args:
+        what: what was expected or being done, the beginning of the line: ``expected weights as safetensors in DIR``.
+        way_out: its end, what mends it: the command or argument.
+        error: the error's type.
+
+    Raises:
+        MteoError: of type ``error``, which names the other library's exception and the first line of its message.
+    """
+    try:
+        yield
+    except MteoError:
+        raise
+    except Exception as cause:
+        reason = next((line.strip() for line in str(cause).splitlines() if line.strip()), "no message")
+        raise error(f"{what}; {type(cause).__name__}: {reason}; {way_out}") from cause
