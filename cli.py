@@ -1,6 +1,7 @@
 """The commands: one group of the verbs in ``commands/``. Each is a thin layer over the public function of the same name.
 
-Exit codes: 0 done, 1 ``verify`` found something wrong, 2 bad input or environment (one line on standard error).
+Exit codes: 0 done, 1 ``verify`` found something wrong, 2 bad input or environment (one line on standard error), 3 an error of
+ours (please report it), 130 interrupted, 141 the reader of our output is gone, 143 terminated.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from mteo_deploy import __version__
 from mteo_deploy.commands.bench import bench
 from mteo_deploy.commands.build import build
 from mteo_deploy.commands.cache import cache
+from mteo_deploy.commands.common import set_debug
 from mteo_deploy.commands.distill import distill
 from mteo_deploy.commands.doctor import doctor
 from mteo_deploy.commands.evaluate import evaluate
@@ -28,6 +30,13 @@ from mteo_deploy.processors import fewer_processors
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="mteo-deploy")
+@click.option(
+    "--debug",
+    is_flag=True,
+    expose_value=False,
+    callback=set_debug,
+    help="Show the traceback behind an error; or MTEO_DEBUG=1.",
+)
 def main() -> None:
     """Ship few-step diffusion models.
 

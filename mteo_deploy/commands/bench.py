@@ -7,7 +7,17 @@ from typing import Any
 
 import click
 
-from mteo_deploy.commands.common import PATH, device_option, emit, json_option, quiet_option, show_table, split_numbers, verb
+from mteo_deploy.commands.common import (
+    PATH,
+    device_option,
+    echo,
+    emit,
+    json_option,
+    quiet_option,
+    show_table,
+    split_numbers,
+    verb,
+)
 
 
 @click.command()
@@ -44,6 +54,6 @@ def bench(bundles: tuple[Path, ...], batch: str, outputs: tuple[Path, ...], as_j
         return
     for size in found.batches:
         show_table(f"batch {size}", COLUMNS, found.rows(size), words=2)
-        click.echo("")
+        echo("")
     for line in found.lines():
-        click.echo(line)
+        echo(line)

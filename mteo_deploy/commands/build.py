@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from mteo_deploy.commands.common import PATH, emit, json_option, named_values, quiet_option, split_numbers, verb
+from mteo_deploy.commands.common import PATH, echo, emit, json_option, named_values, quiet_option, split_numbers, verb
 
 
 @click.command()
@@ -51,14 +51,14 @@ def build(bundle: Path, batch: str | None, given: tuple[str, ...], as_json: bool
     for loops in (measured.get("engines", {}), measured):
         for name, ratio in loops.get("loops", {}).items():
             interval = f"[{ratio['ratio_low']:.3f}, {ratio['ratio_high']:.3f}]"
-            click.echo(f"{name} / {loops['against']}, whole loop at batch {loops['batch']}: {ratio['ratio']:.3f} {interval}")
+            echo(f"{name} / {loops['against']}, whole loop at batch {loops['batch']}: {ratio['ratio']:.3f} {interval}")
     for name, problem in measured.get("engines", {}).get("refused", {}).items():
-        click.echo(f"{name} left out: {problem}")
+        echo(f"{name} left out: {problem}")
     if decoder := measured.get("decoder"):
-        click.echo(
+        echo(
             f"decoder at batch {decoder['batch']}: {decoder['milliseconds']:.2f} ms, {decoder['share']:.0%} of a whole sampling"
         )
     if record["missed"]:
-        click.echo(f"{record['missed']['name']} did not fit: {'; '.join(record['missed']['changed'])}")
-    click.echo(f"built {directory}, realisation {record['realisation']}")
-    click.echo(f"next: mteo-deploy sample {bundle} --num 64 -o grid.png")
+        echo(f"{record['missed']['name']} did not fit: {'; '.join(record['missed']['changed'])}")
+    echo(f"built {directory}, realisation {record['realisation']}")
+    echo(f"next: mteo-deploy sample {bundle} --num 64 -o grid.png")

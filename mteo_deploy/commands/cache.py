@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from mteo_deploy.commands.common import PATH, emit, json_option, verb
+from mteo_deploy.commands.common import PATH, echo, emit, json_option, verb
 
 
 @click.group()
@@ -51,6 +51,6 @@ def _show_built(entries: list[dict[str, Any]], as_json: bool, what: str = "") ->
         emit(entries)
         return
     for entry in entries:
-        click.echo(f"{what}{entry['name']}, {entry['bytes'] / 1e6:.2f} MB: {entry['reason'] or 'fits the bundle'}")
+        echo(f"{what}{entry['name']}, {entry['bytes'] / 1e6:.2f} MB: {entry['reason'] or 'fits the bundle'}")
     if not entries:
-        click.echo("nothing" if what else "no built engines; mteo-deploy build makes one")
+        echo("nothing" if what else "no built engines; mteo-deploy build makes one")

@@ -1,57 +1,163 @@
-"""What the verbs share: options, tables, and errors as one line with their exit code."""
+"""What the verbs share: options, tables, and how a verb ends: errors as one line, signals and pipes with their exit code."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import os
 import re
+import signal
 import sys
-from collections.abc import Callable
+import threading
+import traceback
+from collections.abc import Callable, Iterator
 from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from types import FrameType
+from typing import Any, NoReturn, TypeVar
 
 import click
 
 from mteo_deploy.errors import InputError, MteoError
+from mteo_deploy.text import one_line, shown
 
 PATH = click.Path(path_type=Path)
 Number = TypeVar("Number", int, float)
 
+BAD_INPUT, INTERNAL, INTERRUPTED, CLOSED_PIPE, TERMINATED = 2, 3, 130, 141, 143
+"""Exit codes beside 0 (done) and 1, which is verify's alone. The last three are 128 and the number of the signal."""
+
+TRAINING = {"torch", "diffusers", "transformers", "accelerate", "peft", "onnx", "onnx_ir", "onnxscript", "sentencepiece"}
+"""Modules of the extra ``train``."""
+
+
+class Terminated(BaseException):
+    """SIGTERM came: what is open is closed and swept on the way out."""
+
+
+def echo(text: str = "", err: bool = False) -> None:
+    """Print text that may hold words out of files, so that they cannot act on the terminal."""
+    click.echo(shown(text), err=err)
+
 
 def verb(function: Callable[..., None]) -> Callable[..., None]:
-    """Turn the package's errors into one line and their exit code."""
+    """Let a verb end as the command line promises: 0, 1 of ``verify``, or one line on standard error and its exit code."""
 
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
-            function(*args, **kwargs)
-        except MteoError as error:
-            click.echo(f"error: {' '.join(str(error).split())}", err=True)
-            sys.exit(error.exit_code)
-        except BrokenPipeError:
-            raise  # the reader of our output is gone: click ends quietly
-        except OSError as error:
-            click.echo(f"error: {error.filename or 'a file'}: {error.strerror or error}; check the path and the disk", err=True)
-            sys.exit(2)
-        except ModuleNotFoundError as error:
-            if (error.name or "").split(".")[0] not in ("torch", "diffusers", "onnx", "onnx_ir", "onnxscript"):
-                raise
-            click.echo(f"error: this verb needs {error.name}; run: pip install 'mteo-deploy[train]'", err=True)
-            sys.exit(2)
+            with _terminable():
+                function(*args, **kwargs)
+                sys.stdout.flush()
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except SystemExit as verdict:
+            _end_quietly_if_closed(verdict)
+        except (KeyboardInterrupt, Terminated) as error:
+            interrupted = isinstance(error, KeyboardInterrupt)
+            _fail(error, "interrupted" if interrupted else "terminated", INTERRUPTED if interrupted else TERMINATED)
+        except Exception as error:
+            if isinstance(error, BrokenPipeError) and error.filename is None:
+                _closed_pipe()
+            _fail(error, *_line(error))
 
-    return run
+    option = click.option("--debug", is_flag=True, hidden=True, expose_value=False, is_eager=True, callback=set_debug)
+    return option(run)
+
+
+def set_debug(context: click.Context, _: click.Parameter, given: bool) -> None:
+    """``--debug``, before or behind the verb: the traceback behind an error is printed too."""
+    if given:
+        context.meta["mteo_deploy.debug"] = True
+
+
+def _debug() -> bool:
+    context = click.get_current_context(silent=True)
+    return bool(context and context.meta.get("mteo_deploy.debug")) or os.environ.get("MTEO_DEBUG", "0") not in ("", "0")
+
+
+def _line(error: Exception) -> tuple[str, int]:
+    """What is said of an error, and the exit code."""
+    if isinstance(error, MteoError):
+        return str(error), error.exit_code
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in TRAINING:
+        return f"this verb needs {error.name}; run: pip install 'mteo-deploy[train]'", BAD_INPUT
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return "there is not enough memory for this; pass a smaller --batch or --size, or use a larger machine", BAD_INPUT
+    if isinstance(error, OSError) and (error.errno is not None or error.filename is not None):
+        place = error.filename if error.filename is not None else "a file"
+        return f"{place}: {error.strerror or error}; {_way_out(error)}", BAD_INPUT
+    first = next((line for line in str(error).splitlines() if line.strip()), "")
+    hint = "" if _debug() else "; --debug shows the traceback"
+    return f"internal error, please report: {type(error).__name__}: {first}{hint}", INTERNAL
+
+
+def _way_out(error: OSError) -> str:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return "free space, or write somewhere else" if full else "check the path and the disk"
+
+
+def _fail(error: BaseException, line: str, code: int) -> NoReturn:
+    with contextlib.suppress(BrokenPipeError):
+        if _debug():
+            click.echo(shown("".join(traceback.format_exception(error))), err=True)
+        click.echo(f"error: {one_line(line)}", err=True)
+    sys.exit(code)
+
+
+def _end_quietly_if_closed(verdict: SystemExit) -> NoReturn:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _closed_pipe()
+    raise verdict
+
+
+def _closed_pipe() -> NoReturn:
+    """The reader of our output is gone: nothing is said, and nothing more is written when the process ends."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+    sys.exit(CLOSED_PIPE)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM (an evicted pod, ``timeout``) ends a verb as an exception does: what it wrote in part is swept."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    owner = os.getpid()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != owner:  # a forked child, which this was not meant for
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def show_table(title: str, columns: list[str], rows: list[list[str]], words: int = 1) -> None:
-    """Print a table whose first ``words`` columns are words; the others are numbers, aligned to the right."""
+    """Print a table whose first ``words`` columns are words; the others are numbers, aligned to the right.
+
+    Cells are text and never markup: layers may be called ``[/x]``, and an extra ``[openvino]``.
+    """
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left", show_edge=False)
+    table = Table(title=Text(shown(title)) if title else None, title_justify="left", show_edge=False)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i < words else "right")
+        table.add_column(Text(shown(column)), justify="left" if i < words else "right")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(shown(cell)) for cell in row))
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)

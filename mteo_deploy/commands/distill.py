@@ -10,6 +10,7 @@ import click
 from mteo_deploy.commands.common import (
     PATH,
     backbone_options,
+    echo,
     emit,
     json_option,
     null_class_option,
@@ -17,7 +18,6 @@ from mteo_deploy.commands.common import (
     parse_bytes,
     quiet_option,
     split_names,
-    verb,
 )
 
 
@@ -57,7 +57,6 @@ from mteo_deploy.commands.common import (
 @null_class_option
 @json_option
 @quiet_option
-@verb
 def distill(
     model: Path | None,
     adapter: str | None,
@@ -118,7 +117,7 @@ def distill(
     if as_json:
         emit({"output": str(output), "sha256": result.sha256(), **training})
         return
-    click.echo(
+    echo(
         f"{output}: {training['parameters']} numbers learned ({training['share_of_backbone']:.3%} of the backbone) in "
         f"{training['seconds']:.0f} s; error against the reference "
         f"{training['error_before']:.4f} -> {training['error_after']:.4f}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from mteo_deploy.commands.common import emit, json_option, verb
+from mteo_deploy.commands.common import echo, emit, json_option, verb
 
 
 @click.command()
@@ -23,14 +23,14 @@ def doctor(as_json: bool) -> None:
         emit(found)
         return
     if fewer_processors() is not None:
-        click.echo(f"this process may use {in_words()}, and engines on the cpu run as many threads")
+        echo(f"this process may use {in_words()}, and engines on the cpu run as many threads")
     for entry in found:
         if "problem" in entry:
-            click.echo(f"{entry['engine']}: {entry['problem']}")
+            echo(f"{entry['engine']}: {entry['problem']}")
             continue
-        click.echo(f"{entry['engine']} {entry['version']}: {', '.join(entry['precisions'])}")
+        echo(f"{entry['engine']} {entry['version']}: {', '.join(entry['precisions'])}")
         for device in entry["devices"]:
-            click.echo(f"  {device}: {entry['machine'][device]}; runs graphs in {', '.join(entry['graphs'][device])}")
+            echo(f"  {device}: {entry['machine'][device]}; runs graphs in {', '.join(entry['graphs'][device])}")
         for name, option in entry["options"].items():
             default = "the engine's choice" if option["default"] is None else option["default"]
-            click.echo(f"  --option {name}={option['takes']} [default: {default}]: {option['help']}")
+            echo(f"  --option {name}={option['takes']} [default: {default}]: {option['help']}")

@@ -11,6 +11,7 @@ import click
 from mteo_deploy.commands.common import (
     PATH,
     device_option,
+    echo,
     emit,
     engine_option,
     json_option,
@@ -61,7 +62,7 @@ def evaluate(bundle: Path, data: Path, seeds: str, as_json: bool, quiet: bool, *
     title = f"{context['num']} images against {context['data']}, features {context['features']}"
     show_table(title, ["sampler", "evaluations", "Fréchet distance", "squared error"], rows)
     closed = [share for share in found.gap_closed if share is not None]
-    click.echo(f"gap closed: {_spread(closed, '.1%')}" if closed else "no gap: the plain solver is as near as the reference")
+    echo(f"gap closed: {_spread(closed, '.1%')}" if closed else "no gap: the plain solver is as near as the reference")
 
 
 def _spread(values: Sequence[float], form: str) -> str:

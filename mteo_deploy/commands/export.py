@@ -10,6 +10,7 @@ import click
 from mteo_deploy.commands.common import (
     PATH,
     backbone_options,
+    echo,
     emit,
     json_option,
     null_class_option,
@@ -18,7 +19,6 @@ from mteo_deploy.commands.common import (
     show_table,
     split_names,
     split_numbers,
-    verb,
 )
 from mteo_deploy.inspection import KINDS, TRIED, kind_rows, layer_fates, tried_rows
 
@@ -53,7 +53,6 @@ from mteo_deploy.inspection import KINDS, TRIED, kind_rows, layer_fates, tried_r
 @click.option("-o", "--output", type=PATH, default=Path("bundle"), show_default=True, help="Bundle directory to write.")
 @json_option
 @quiet_option
-@verb
 def export(
     model: Path | None,
     adapter: str | None,
@@ -115,24 +114,22 @@ def export(
         )
     show_table("", ["graph", "nodes", "parameters", "bytes", "weights folded away"], rows)
     total = sum(entry["bytes"] for entry in bundle.manifest["files"].values())
-    click.echo(f"sites: {_sites_line(compiler['sites'])}")
+    echo(f"sites: {_sites_line(compiler['sites'])}")
     for line in precision_lines(compiler.get("precision", {})):
-        click.echo(line)
+        echo(line)
     if kinds := kind_rows(compiler.get("precision", {})):
         show_table("", list(KINDS), kinds)
     if tried := compiler.get("auto"):
         show_table("", list(TRIED), tried_rows(tried))
     refused = [f"{graph['graph']}: {problem}" for graph in compiler["graphs"] for problem in graph["tensorrt"]]
-    click.echo(
-        f"TensorRT would refuse: {'; '.join(refused)}" if refused else "TensorRT's parser has every operator and type used"
-    )
-    click.echo(
+    echo(f"TensorRT would refuse: {'; '.join(refused)}" if refused else "TensorRT's parser has every operator and type used")
+    echo(
         f"{output}: {len(bundle.plan.evaluations)} evaluations, {', '.join(bundle.realisations)}, {total / 1e6:.2f} MB, "
         f"{bundle.manifest['export_seconds']:.1f} s"
     )
     for part, why in bundle.manifest["left_out"].items():
-        click.echo(f"no {part} in the bundle: {why}")
-    click.echo(f"next: mteo-deploy build {output}{_as_measured(compiler)}")
+        echo(f"no {part} in the bundle: {why}")
+    echo(f"next: mteo-deploy build {output}{_as_measured(compiler)}")
 
 
 def _as_measured(compiler: dict[str, Any]) -> str:

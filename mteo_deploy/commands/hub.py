@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from mteo_deploy.commands.common import PATH, emit, json_option, verb
+from mteo_deploy.commands.common import PATH, echo, emit, json_option, verb
 
 
 @click.command()
@@ -25,7 +25,7 @@ def push(bundle: Path, repository: str, as_json: bool, **options: Any) -> None:
     from mteo_deploy.hub import push as run
 
     address = run(bundle, repository, **options)
-    emit({"repository": repository, "address": address}) if as_json else click.echo(f"pushed {bundle} to {address}")
+    emit({"repository": repository, "address": address}) if as_json else echo(f"pushed {bundle} to {address}")
 
 
 @click.command()
@@ -46,5 +46,5 @@ def pull(repository: str, output: Path, revision: str | None, as_json: bool) -> 
     if as_json:
         emit({"bundle": str(output), "repository": repository, "bytes": size})
         return
-    click.echo(f"{output}: {len(bundle.plan.evaluations)} evaluations, {size / 1e6:.2f} MB, all hashes right")
-    click.echo(f"next: mteo-deploy build {output}")
+    echo(f"{output}: {len(bundle.plan.evaluations)} evaluations, {size / 1e6:.2f} MB, all hashes right")
+    echo(f"next: mteo-deploy build {output}")

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from mteo_deploy.commands.common import PATH, backbone_options, emit, json_option, open_backbone, show_table, verb
+from mteo_deploy.commands.common import PATH, backbone_options, echo, emit, json_option, open_backbone, show_table
 from mteo_deploy.errors import InputError
 
 
@@ -24,39 +24,39 @@ def _show_diff(found: list[dict[str, Any]]) -> None:
             for change, names in graph[what].items():
                 if names:
                     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-                    click.echo(f"{what} {change}: {', '.join(names[:8])}{more}")
-        click.echo("")
+                    echo(f"{what} {change}: {', '.join(names[:8])}{more}")
+        echo("")
 
 
 def _show_loras(loras: list[dict[str, Any]]) -> None:
     named = [f"{one['file']} ({one['scale']:g})" for one in loras]
     if named:
-        click.echo(f"lora       {', '.join(named)}, fused")
+        echo(f"lora       {', '.join(named)}, fused")
 
 
 def _show_backbone(found: dict[str, Any]) -> None:
     levels, baking, requests = found["levels"], found["baking"], found["requests"]
     multiple, opened = found["sizes"]["fixed"], found["sizes"]["open"]
-    click.echo(f"backbone   {found['family']} ({found['source']}), {found['parameters']:,} parameters")
+    echo(f"backbone   {found['family']} ({found['source']}), {found['parameters']:,} parameters")
     _show_loras(found["loras"])
     sizes = f"others in multiples of {multiple}" if multiple else "no other"
     left = f"export can leave it open in multiples of {opened}" if opened else "export cannot leave it open"
-    click.echo(f"samples    {'x'.join(map(str, found['sample_shape']))}; {sizes}; {left}")
+    echo(f"samples    {'x'.join(map(str, found['sample_shape']))}; {sizes}; {left}")
     shift = "" if levels["shift"] is None else f", shift {levels['shift']:.4g}"
-    click.echo(
+    echo(
         f"predicts   {found['prediction_type']}, noise {levels['high']:.6g} to {levels['low']:.6g}, schedule "
         f"{levels['schedule']}{shift}"
     )
     shapes = [f"{r['name']} {r['dtype']} [{', '.join(map(str, r['shape']))}]" for r in requests]
-    click.echo(f"requests   {'; '.join(shapes) or 'none'}")
+    echo(f"requests   {'; '.join(shapes) or 'none'}")
     counts = {time: f"{number:,} ({number / found['parameters']:.1%})" for time, number in baking.items() if time != "unknown"}
-    click.echo(
+    echo(
         f"baking     removes {counts['removed']}, leaves {counts['prelude']} to the prelude and {counts['steps']} to the steps"
         if counts
         else f"baking     not known before export: {baking['unknown']}"
     )
     rows = [[name, str(width)] for name, width in found["sites"].items()]
-    click.echo(f"sites      {len(rows)}, {sum(found['sites'].values()):,} numbers to learn for each evaluation")
+    echo(f"sites      {len(rows)}, {sum(found['sites'].values()):,} numbers to learn for each evaluation")
     show_table("", ["site", "width"], rows)
 
 
@@ -65,7 +65,6 @@ def _show_backbone(found: dict[str, Any]) -> None:
 @backbone_options
 @click.option("--diff", "other", type=PATH, help="Compare PATH with this: ONNX files, bundles, or --dump-after directories.")
 @json_option
-@verb
 def inspect(
     path: Path | None,
     model: Path | None,
@@ -109,31 +108,31 @@ def inspect(
         backbone, embeddings = found["backbone"], found["embeddings"]
         opened = ", ".join(found["dynamic"]) or "nothing"
         sizes = f"; batch {', '.join(map(str, found['batches']))} asked for" if found["batches"] else ""
-        click.echo(f"bundle, schema {found['schema']}, made by mteo-deploy {found['versions']['mteo-deploy']}")
-        click.echo(
+        echo(f"bundle, schema {found['schema']}, made by mteo-deploy {found['versions']['mteo-deploy']}")
+        echo(
             f"backbone   {backbone['family']} ({backbone['source']}), {backbone['parameters']:,} parameters, "
             f"samples {'x'.join(map(str, backbone['sample_shape']))}, {backbone['prediction_type']}"
         )
         _show_loras(backbone.get("loras", []))
-        click.echo(f"embeddings {embeddings['parameters']:,} numbers at {len(embeddings['sites'])} sites")
-        click.echo(f"open       {opened}{sizes}")
-        click.echo(f"requests   {', '.join(map(_request, found['requests'])) or 'none'}")
+        echo(f"embeddings {embeddings['parameters']:,} numbers at {len(embeddings['sites'])} sites")
+        echo(f"open       {opened}{sizes}")
+        echo(f"requests   {', '.join(map(_request, found['requests'])) or 'none'}")
         for name, part in (("prompts", "text_encoder"), ("decoder", "decoder")):
             if found[part]:
-                click.echo(f"{name:10} {found[part]['class']}, {found[part]['parameters']:,} parameters")
-        click.echo(f"built      {', '.join(found['engines']) or 'nothing yet'}")
+                echo(f"{name:10} {found[part]['class']}, {found[part]['parameters']:,} parameters")
+        echo(f"built      {', '.join(found['engines']) or 'nothing yet'}")
         total = sum(found["files"].values())
-        click.echo(f"files      {len(found['files'])}, {total / 1e6:.2f} MB, all hashes right")
+        echo(f"files      {len(found['files'])}, {total / 1e6:.2f} MB, all hashes right")
     else:
-        click.echo(
+        echo(
             f"embedding set, {found['parameters']:,} numbers at {len(found['sites'])} sites, backbone {found['backbone'][:12]}"
         )
         if parts := found["training"].get("merged"):
             terms = [f"{part['weight']:g} * {part['sha256'][:12]}" for part in parts]
-            click.echo(f"merged from {' + '.join(terms)}")
+            echo(f"merged from {' + '.join(terms)}")
     rows = [
         [str(i), f"{e['sigma']:.4g}", f"{e['timestep']:.2f}", f"{e['carry']:.6g}", ", ".join(f"{w:.6g}" for w in e["weights"])]
         for i, e in enumerate(plan["evaluations"])
     ]
-    click.echo(f"plan: {plan['summary']}")
+    echo(f"plan: {plan['summary']}")
     show_table("", ["evaluation", "sigma", "timestep", "carry", "weights"], rows)

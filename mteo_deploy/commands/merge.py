@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mteo_deploy.commands.common import PATH, emit, json_option, split_numbers, verb
+from mteo_deploy.commands.common import PATH, echo, emit, json_option, split_numbers, verb
 
 
 @click.command()
@@ -29,4 +29,4 @@ def merge(sets: tuple[Path, ...], weights: str | None, output: Path, as_json: bo
         emit({"output": str(output), "sha256": merged.sha256(), **merged.training})
         return
     parts = " + ".join(f"{part['weight']:g} * {path}" for part, path in zip(merged.training["merged"], sets, strict=True))
-    click.echo(f"{output}: {parts}")
+    echo(f"{output}: {parts}")

@@ -10,6 +10,7 @@ import click
 from mteo_deploy.commands.common import (
     PATH,
     device_option,
+    echo,
     emit,
     engine_option,
     json_option,
@@ -60,4 +61,4 @@ def profile(bundle: Path, output: Path | None, top: int, as_json: bool, quiet: b
     longest = sorted([*found.layers, *found.beside], key=lambda layer: -layer.milliseconds)[:top]
     rows = [[layer.name[-60:], layer.kind, layer.graph, f"{layer.milliseconds:.3f}"] for layer in longest]
     show_table("", ["longest layers", "kind", "graph", "ms in one sampling"], rows)
-    click.echo("times with profiling switched on: for shares and differences; for totals see: mteo-deploy verify")
+    echo("times with profiling switched on: for shares and differences; for totals see: mteo-deploy verify")

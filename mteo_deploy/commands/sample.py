@@ -10,6 +10,7 @@ import click
 from mteo_deploy.commands.common import (
     PATH,
     device_option,
+    echo,
     emit,
     engine_option,
     json_option,
@@ -95,4 +96,4 @@ def sample(
         emit({"output": str(output), "num": num, "seed": seed, "batch": batch, "seconds": seconds, "decoding": decoding})
         return
     share = f", {decoding / seconds:.0%} of it decoding" if sampler.bundle.decoder and not latents else ""
-    click.echo(f"{output}: {num} images of {len(sampler.plan.evaluations)} evaluations each in {seconds:.2f} s{share}")
+    echo(f"{output}: {num} images of {len(sampler.plan.evaluations)} evaluations each in {seconds:.2f} s{share}")

@@ -11,6 +11,7 @@ import click
 from mteo_deploy.commands.common import (
     PATH,
     device_option,
+    echo,
     emit,
     json_option,
     quiet_option,
@@ -90,9 +91,9 @@ def verify(
     for one in every:
         title = "" if one is report else f"{one.engine} on {one.device}, {one.precision}"
         show_table(title, ["check", "", "found"], [[c.name, "ok" if c.passed else "FAILED", c.detail] for c in one.checks], 3)
-        click.echo("")
+        echo("")
         for line in one.latency_lines() + one.further_lines():
-            click.echo(line)
+            echo(line)
     wrong = [c.name if one is report else f"{one.engine} {c.name}" for one in every for c in one.checks if not c.passed]
-    click.echo("NOT verified: " + ", ".join(wrong) if wrong else "verified")
+    echo("NOT verified: " + ", ".join(wrong) if wrong else "verified")
     sys.exit(0 if report.passed else 1)
