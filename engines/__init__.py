@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from mteo_deploy import telemetry
 from mteo_deploy.engines.base import Backend
 from mteo_deploy.errors import EngineError, InputError, MissingPackageError, MteoError
 
@@ -70,6 +71,8 @@ def doctor() -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for one in map(backend, BACKENDS):
         entry: dict[str, Any] = {"engine": one.name, "options": options.described(one)}
+        if (off := telemetry.off(one.name)) is not None:
+            entry["usage_events"] = "off" if off else "left to the engine"
         try:
             entry |= {"version": one.version(), "devices": one.devices(), "precisions": list(one.precisions)}
             if not one.devices():

@@ -42,6 +42,7 @@ from mteo_deploy.errors import EngineError, InputError, MissingPackageError
 from mteo_deploy.precision import NAMES
 from mteo_deploy.processors import fewer_processors
 from mteo_deploy.progress import Reporter
+from mteo_deploy.telemetry import off
 
 CPU = "CPUExecutionProvider"
 THREADS = "ORT_INTRA_OP_NUM_THREADS"
@@ -68,8 +69,8 @@ OPTIONS = {
 }
 
 
-def _package() -> Any:
-    """Import onnxruntime, or say which extra to install."""
+def package() -> Any:
+    """Import onnxruntime without its usage events, or say which extra to install."""
     installed = []
     for name in ("onnxruntime", "onnxruntime-gpu"):
         try:
@@ -85,6 +86,8 @@ def _package() -> Any:
         import onnxruntime
     except ImportError:
         raise MissingPackageError("the engine onnxruntime is not installed; run: pip install 'mteo-deploy[cpu]'") from None
+    if off("onnxruntime") and hasattr(onnxruntime, "disable_telemetry_events"):
+        onnxruntime.disable_telemetry_events()  # where somebody imported it before this package could tell it
     return onnxruntime
 
 
@@ -95,9 +98,7 @@ def session_options(threads: int | None = None) -> Any:
         threads: inside an operator; None for ONNX Runtime's choice, a thread for each core of the machine, or for as many as
             this process has processors where these are fewer: ONNX Runtime sees no affinity and no quota.
     """
-    import onnxruntime
-
-    settings = onnxruntime.SessionOptions()
+    settings = package().SessionOptions()
     settings.log_severity_level = 3
     if threads is None and THREADS not in os.environ:
         threads = fewer_processors()
@@ -172,11 +173,11 @@ class OnnxRuntimeBackend:
         self._shared: Callable[[], OrtDevice | None] = lambda: None
 
     def version(self) -> str:
-        return str(_package().__version__)
+        return str(package().__version__)
 
     def devices(self) -> list[str]:
         try:
-            ortgpu.check(_package())
+            ortgpu.check(package())
         except MissingPackageError:
             raise
         except EngineError:
@@ -209,7 +210,7 @@ class OnnxRuntimeBackend:
         return OnnxRuntimeSession(self._session(bundle, graph, options, [CPU]))
 
     def _open_on_gpu(self, bundle: Bundle, graph: str, options: Mapping[str, Any], built: Path | None) -> Session:
-        onnxruntime, own, stem = _package(), of(OPTIONS, options), PurePosixPath(graph).stem
+        onnxruntime, own, stem = package(), of(OPTIONS, options), PurePosixPath(graph).stem
         ortgpu.check(onnxruntime)
         device, provider = self._device(onnxruntime), ortgpu.PROVIDERS[own["provider"]][0]
         files = EngineFiles(stem, built) if provider == ortgpu.TENSORRT else None
@@ -258,7 +259,7 @@ class OnnxRuntimeBackend:
     def _session(
         bundle: Bundle, graph: str, options: Mapping[str, Any], providers: Sequence[Any], profile: str | None = None
     ) -> Any:
-        onnxruntime, own = _package(), of(OPTIONS, options)
+        onnxruntime, own = package(), of(OPTIONS, options)
         settings = session_options(options.get("threads"))
         settings.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, OPTIMIZATION[own["optimization"]])
         if profile is not None:

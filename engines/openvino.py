@@ -28,6 +28,7 @@ from mteo_deploy.errors import EngineError, MissingPackageError
 from mteo_deploy.precision import NAMES
 from mteo_deploy.processors import fewer_processors
 from mteo_deploy.progress import Reporter
+from mteo_deploy.telemetry import LEAVE, openvino_sends_nothing
 
 DEVICES = {"cpu": "CPU"}
 PRECISION_HINT = {"fp32": "f32", "bf16": "bf16"}
@@ -43,13 +44,25 @@ KEPT = 1 << 30
 SWITCH = {"on": "YES", "off": "NO"}
 
 
-def _core() -> Any:
-    """OpenVINO's entry object, or which extra to install."""
+def _package() -> Any:
+    """Import openvino, or say which extra to install."""
     try:
-        import openvino
-    except ImportError:
-        raise MissingPackageError("the engine openvino is not installed; run: pip install 'mteo-deploy[openvino]'") from None
-    return openvino.Core()
+        with openvino_sends_nothing():
+            import openvino
+    except ImportError as error:  # not ModuleNotFoundError: the package may be there without its libraries
+        raise MissingPackageError(
+            f"the engine openvino is not installed ({error}); run: pip install 'mteo-deploy[openvino]'"
+        ) from None
+    except Exception as error:
+        raise EngineError(
+            f"expected openvino to be imported; found {type(error).__name__}: {error}; set HOME, or unset {LEAVE}"
+        ) from None
+    return openvino
+
+
+def _core() -> Any:
+    """OpenVINO's entry object."""
+    return _package().Core()
 
 
 class OpenVinoSession:

@@ -9,7 +9,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mteo_deploy.telemetry import switch_off
+
 __version__ = "0.1.0"
+
+switch_off()  # read by ONNX Runtime when it is imported, whoever does that
 
 # In a checkout `exporters/`, `engines/` and `cli.py` stand beside this package, in a wheel inside it: same import names.
 if not (Path(__file__).parent / "exporters").is_dir():

@@ -31,6 +31,8 @@ def doctor(as_json: bool) -> None:
         echo(f"{entry['engine']} {entry['version']}: {', '.join(entry['precisions'])}")
         for device in entry["devices"]:
             echo(f"  {device}: {entry['machine'][device]}; runs graphs in {', '.join(entry['graphs'][device])}")
+        if "usage_events" in entry:
+            echo(f"  its usage events: {entry['usage_events']} (MTEO_TELEMETRY=1 leaves them to the engine)")
         for name, option in entry["options"].items():
             default = "the engine's choice" if option["default"] is None else option["default"]
             echo(f"  --option {name}={option['takes']} [default: {default}]: {option['help']}")
