@@ -59,4 +59,7 @@ class AuraFlowAdapter(HookedAdapter):
         return (network.time_step_proj(network.time_step_embed(timestep / 1000)),) * len(self.sites)
 
     def call(self, state: torch.Tensor, requests: dict[str, torch.Tensor]) -> torch.Tensor:
-        return self.network(state, timestep=torch.zeros(1, device=state.device), return_dict=False, **requests)[0]
+        return self.native(state, torch.zeros(1, device=state.device), **requests)
+
+    def native(self, state: torch.Tensor, timestep: torch.Tensor, **requests: torch.Tensor) -> torch.Tensor:
+        return self.network(state, timestep=timestep / 1000, return_dict=False, **requests)[0]

@@ -35,6 +35,12 @@ from mteo_deploy.plan import Plan, compile_plan
 from mteo_deploy.requests import Arrays, Request, draw_all
 from mteo_deploy.schedules import SCHEDULER, Levels
 
+NATIVE = (
+    "def native(self, state, timestep, **requests): return self.network(state, timestep, **requests)  "
+    "# one output as large as the state; timestep is [batch], as in embeddings"
+)
+"""What an adapter lacks that does not say how its network is called with a time, for a network that takes its arguments so."""
+
 
 @dataclass(frozen=True)
 class Site:
@@ -170,6 +176,27 @@ class Adapter(ABC, torch.nn.Module):
 
         The embeddings are the time's alone: what a request adds to them (a class embedding, pooled text) is added here.
         """
+
+    def native(self, state: torch.Tensor, timestep: torch.Tensor, **requests: torch.Tensor) -> torch.Tensor:
+        """The unmodified network's output at times of its own, without any site being given: what this adapter must equal.
+
+        It calls the network as its pipeline does, with its ordinary conditioning, and shares nothing with :meth:`forward`.
+        ``inspect``, ``distill`` and ``export`` compare both (:mod:`~mteo_deploy.exporters.check_adapter`).
+
+        Args:
+            state: unit variance, ``[batch, ...]``.
+            timestep: float, ``[batch]``, in the units of :meth:`embeddings`.
+
+        Returns:
+            ``[batch, ...]``, of the state's shape.
+
+        Raises:
+            InputError: for an adapter that does not say it.
+        """
+        raise InputError(
+            f"expected {type(self).__name__} to say how its network is called with a time; found no method native; add to it: "
+            f"{NATIVE}"
+        )
 
     @contextmanager
     def recomputing_blocks(self) -> Iterator[bool]:

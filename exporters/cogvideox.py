@@ -76,5 +76,7 @@ class CogVideoXAdapter(HookedAdapter):
         return (self.network.time_embedding(self.network.time_proj(timestep)),) * len(self.sites)
 
     def call(self, state: torch.Tensor, requests: dict[str, torch.Tensor]) -> torch.Tensor:
-        timestep = torch.zeros(1, device=state.device)
+        return self.native(state, torch.zeros(1, device=state.device), **requests)
+
+    def native(self, state: torch.Tensor, timestep: torch.Tensor, **requests: torch.Tensor) -> torch.Tensor:
         return self.network(state, timestep=timestep, image_rotary_emb=self.turns, return_dict=False, **requests)[0]

@@ -61,3 +61,6 @@ class DiTAdapter(Adapter):
         finally:
             self._queues = []
         return output[:, : self.sample_shape[0]]
+
+    def native(self, state: torch.Tensor, timestep: torch.Tensor, **requests: torch.Tensor) -> torch.Tensor:
+        return self.network(state, timestep=timestep, return_dict=False, **requests)[0][:, : self.sample_shape[0]]

@@ -54,10 +54,13 @@ class FluxAdapter(ModulatedAdapter):
             self.requests += (Request("guidance", "float32", default=GUIDANCE),)
 
     def call(self, state: torch.Tensor, requests: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.native(state, torch.zeros(1, device=state.device), **requests)
+
+    def native(self, state: torch.Tensor, timestep: torch.Tensor, **requests: torch.Tensor) -> torch.Tensor:
         rows, columns = state.shape[2] // 2, state.shape[3] // 2
         output = self.network(
             pack(state),
-            timestep=torch.zeros(1, device=state.device),
+            timestep=timestep / 1000,
             img_ids=_positions(rows, columns, state.device),
             txt_ids=torch.zeros(self.tokens, 3, device=state.device),
             return_dict=False,

@@ -64,9 +64,21 @@ class GuidedAdapter(Adapter):
         return self._inner[0].fingerprint()
 
     def forward(self, state: torch.Tensor, *embeddings: torch.Tensor, **requests: torch.Tensor) -> torch.Tensor:
-        inner, scale = self._inner[0], requests[GUIDANCE_SCALE].reshape(-1, *[1] * (state.ndim - 1))
-        both = {r.name: _neighbours(self._negative(r.name, requests), requests[r.name]) for r in inner.requests}
-        output = inner(_neighbours(state, state), *embeddings, **both)
+        output = self._inner[0](_neighbours(state, state), *embeddings, **self._both(requests))
+        return self._guide(output, state, requests)
+
+    def native(self, state: torch.Tensor, timestep: torch.Tensor, **requests: torch.Tensor) -> torch.Tensor:
+        times = _neighbours(timestep, timestep)
+        output = self._inner[0].native(_neighbours(state, state), times, **self._both(requests))
+        return self._guide(output, state, requests)
+
+    def _both(self, requests: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The inner adapter's request inputs, of both branches."""
+        return {r.name: _neighbours(self._negative(r.name, requests), requests[r.name]) for r in self._inner[0].requests}
+
+    def _guide(self, output: torch.Tensor, state: torch.Tensor, requests: dict[str, torch.Tensor]) -> torch.Tensor:
+        """``[batch, ...]`` of the output for both branches' neighbouring rows, ``[2 * batch, ...]``."""
+        scale = requests[GUIDANCE_SCALE].reshape(-1, *[1] * (state.ndim - 1))
         negative, positive = output.reshape(state.shape[0], 2, *output.shape[1:]).unbind(1)
         return negative + scale * (positive - negative)
 

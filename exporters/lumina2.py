@@ -117,3 +117,6 @@ class Lumina2Adapter(HookedAdapter):
         rows, columns = (size // self.patch_size for size in self.sample_shape[1:])
         output = network.norm_out(joint[:, self.tokens :], None)
         return -unpack(output, rows, columns, self.patch_size, channels_last=True)
+
+    def native(self, state: torch.Tensor, timestep: torch.Tensor, **requests: torch.Tensor) -> torch.Tensor:
+        return -self.network(state, timestep=1 - timestep / 1000, return_dict=False, **requests)[0]

@@ -55,13 +55,10 @@ class PixArtAdapter(SharedProjectionAdapter):
             self.requests += (Request("resolution", "float32", (2,)), Request("aspect_ratio", "float32", (1,)))
 
     def call(self, state: torch.Tensor, requests: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.native(state, torch.zeros(1, device=state.device), **requests)
+
+    def native(self, state: torch.Tensor, timestep: torch.Tensor, **requests: torch.Tensor) -> torch.Tensor:
+        prompt = {name: requests[name] for name in ("encoder_hidden_states", "encoder_attention_mask")}
         sizes = {name: requests[name] for name in ("resolution", "aspect_ratio") if name in requests}
-        output = self.network(
-            state,
-            encoder_hidden_states=requests["encoder_hidden_states"],
-            encoder_attention_mask=requests["encoder_attention_mask"],
-            timestep=torch.zeros(1, device=state.device),
-            added_cond_kwargs=sizes,
-            return_dict=False,
-        )[0]
+        output = self.network(state, timestep=timestep, added_cond_kwargs=sizes, return_dict=False, **prompt)[0]
         return output[:, : self.sample_shape[0]]

@@ -99,3 +99,8 @@ class QwenImageAdapter(HookedAdapter):
                 **requests,
             )[0]
         return unpack(output, rows, columns)
+
+    def native(self, state: torch.Tensor, timestep: torch.Tensor, **requests: torch.Tensor) -> torch.Tensor:
+        (_, rows, columns), *_ = self._shapes
+        given = {"timestep": timestep / 1000, "img_shapes": [self._shapes] * len(state), **requests}
+        return unpack(self.network(pack(state), return_dict=False, **given)[0], rows, columns)

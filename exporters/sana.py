@@ -52,6 +52,8 @@ class SanaAdapter(SharedProjectionAdapter):
         return super().embeddings(timestep * float(self.network.config.timestep_scale))
 
     def call(self, state: torch.Tensor, requests: dict[str, torch.Tensor]) -> torch.Tensor:
-        timestep = torch.zeros(1, device=state.device)
-        output = self.network(state, timestep=timestep, return_dict=False, **requests)[0]
-        return output[:, : self.sample_shape[0]]
+        return self.native(state, torch.zeros(1, device=state.device), **requests)
+
+    def native(self, state: torch.Tensor, timestep: torch.Tensor, **requests: torch.Tensor) -> torch.Tensor:
+        scaled = timestep * float(self.network.config.timestep_scale)
+        return self.network(state, timestep=scaled, return_dict=False, **requests)[0][:, : self.sample_shape[0]]

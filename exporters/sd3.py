@@ -41,5 +41,7 @@ class SD3Adapter(ModulatedAdapter):
         super().set_size(height, width)
 
     def call(self, state: torch.Tensor, requests: dict[str, torch.Tensor]) -> torch.Tensor:
-        timestep = torch.zeros(1, device=state.device)
+        return self.native(state, torch.zeros(1, device=state.device), **requests)
+
+    def native(self, state: torch.Tensor, timestep: torch.Tensor, **requests: torch.Tensor) -> torch.Tensor:
         return self.network(state, timestep=timestep, return_dict=False, **requests)[0]

@@ -37,6 +37,9 @@ class UNetAdapter(HookedAdapter):
     def call(self, state: torch.Tensor, requests: dict[str, torch.Tensor]) -> torch.Tensor:
         return self.network(state, 0, return_dict=False, **self.arguments(requests))[0]
 
+    def native(self, state: torch.Tensor, timestep: torch.Tensor, **requests: torch.Tensor) -> torch.Tensor:
+        return self.network(state, timestep, return_dict=False, **self.arguments(requests))[0]
+
     def arguments(self, requests: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Request inputs as the network takes them."""
         return dict(requests)

@@ -78,6 +78,9 @@ class SongAdapter(HookedAdapter):
     def call(self, state: torch.Tensor, requests: dict[str, torch.Tensor]) -> torch.Tensor:
         return self.network(state, torch.zeros(1, device=state.device))
 
+    def native(self, state: torch.Tensor, timestep: torch.Tensor, **requests: torch.Tensor) -> torch.Tensor:
+        return self.network(state, timestep)
+
 
 class Residual(nn.Module):
     """As guided-diffusion's ResBlock with ``use_scale_shift_norm``."""
@@ -139,3 +142,6 @@ class GuidedAdapter(HookedAdapter):
 
     def call(self, state: torch.Tensor, requests: dict[str, torch.Tensor]) -> torch.Tensor:
         return self.network(state, torch.zeros(1, device=state.device), requests["class_labels"])[:, :2]
+
+    def native(self, state: torch.Tensor, timestep: torch.Tensor, **requests: torch.Tensor) -> torch.Tensor:
+        return self.network(state, timestep, requests["class_labels"])[:, :2]
