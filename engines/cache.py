@@ -153,7 +153,7 @@ def find(bundle: Bundle, engine: str = AUTO, device: str | None = None) -> Built
         InputError: for a name without a backend.
         MissingPackageError, EngineError: when the engine does not work here.
     """
-    command = f"run: mteo-deploy build {bundle.path}"
+    command = f"run: {shlex.join(['mteo-deploy', 'build', str(bundle.path)])}"
     if engine != AUTO:
         backend(engine).version()
         command += f" --engine {engine}"

@@ -25,8 +25,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mteo_deploy.dataset import read
 from mteo_deploy.errors import InputError
-from mteo_deploy.images import read
 
 
 def load_images(source: Path, size: int, channels: int) -> torch.Tensor:

@@ -20,6 +20,7 @@ from mteo_deploy.exporters.encoders import KINDS, SEEING, Kind, supported
 from mteo_deploy.exporters.tokenizer import fit, load_tokenizer
 from mteo_deploy.prompts import Arrays, encode, request_inputs, tokenise
 from mteo_deploy.requests import Request
+from mteo_deploy.text import read_text, text_lines
 
 AT_ONCE = 32
 """Prompts that are encoded together."""
@@ -215,8 +216,4 @@ def prompt_requests(adapter: Adapter, prompts: Path | str | Sequence[str]) -> di
 
 
 def _lines(path: Path) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"expected a file of prompts, one a line, at {path}; {error}") from None
-    return [line.strip() for line in lines if line.strip()]
+    return text_lines(read_text(path, "a file of prompts, one a line,"))

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mteo_deploy import images as pictures
+from mteo_deploy import dataset
 from mteo_deploy.bundle import Bundle
 from mteo_deploy.errors import EngineError, InputError
 from mteo_deploy.progress import Reporter, reporter
@@ -139,7 +139,7 @@ def statistics(data: Path, shape: tuple[int, ...], network: Features, batch: int
     if len(shape) != 3:
         raise InputError(f"expected a backbone of images [channels, height, width]; found samples {list(shape)}")
     channels, height, width = shape
-    pixels = pictures.read(data, (height, width), channels)
+    pixels = dataset.read(data, (height, width), channels)
     parts = [network(pixels[i : i + batch].astype(np.float32) / 127.5 - 1) for i in range(0, len(pixels), batch)]
     return Statistics.of(np.concatenate(parts))
 

@@ -9,10 +9,21 @@ from typing import Any
 
 import numpy as np
 
-from mteo_deploy.errors import InputError
+from mteo_deploy.errors import InputError, border
 from mteo_deploy.latency import bootstrap_quotient
 from mteo_deploy.numerics import Check
 from mteo_deploy.report import Report
+from mteo_deploy.text import read_text
+
+LARGEST = 1e12
+"""Of a budget: milliseconds, ratios and errors are smaller."""
+
+
+def _short(value: object) -> str:
+    """A value out of a file, in a few words; it may be of any length or depth."""
+    if isinstance(value, int):
+        return "an integer" if value.bit_length() > 64 else str(value)
+    return repr(value)[:40] if isinstance(value, str | float) else type(value).__name__
 
 
 @dataclass(frozen=True)
@@ -39,18 +50,16 @@ class Budgets:
         Raises:
             InputError: for a file that is no TOML, a key that is no budget, or a value that is no number.
         """
-        try:
-            found = tomllib.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise InputError(f"expected a TOML file of budgets at {path}; {error.strerror}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"expected {path} to be TOML; {error}") from None
+        with border(f"expected {path} to be TOML", "write lines such as max_p50_ms = 25"):
+            found = tomllib.loads(read_text(path, "a TOML file of budgets"))
         names = [field.name for field in fields(cls)]
         for name, value in found.items():
             if name not in names:
                 raise InputError(f"{path}: expected budgets named {', '.join(names)}; found {name!r}")
             if isinstance(value, bool) or not isinstance(value, int | float):
-                raise InputError(f"{path}: expected {name} to be a number; found {value!r}")
+                raise InputError(f"{path}: expected {name} to be a number; found {_short(value)}")
+            if not abs(value) <= LARGEST:  # NaN neither; an integer may be too long to become a float
+                raise InputError(f"{path}: expected {name} to be a number that can be; found {_short(value)}")
         return cls(**found)
 
     def override(self, **given: float | None) -> Budgets:

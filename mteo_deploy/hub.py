@@ -22,7 +22,8 @@ from mteo_deploy.errors import InputError, MissingPackageError
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 BACKBONE_FILES = ("*.json", "*.safetensors", "README.md", "LICENSE*", "tokenizer*/*")
 """Of a diffusers repository; no pickled weights."""
-OTHER_WEIGHTS = ("*.fp16.safetensors", "*.bf16.safetensors", "*non_ema*", "flax_*", "*.onnx*", "openvino_*")
+NOT_FETCHED = ("*.py", "*.fp16.safetensors", "*.bf16.safetensors", "*non_ema*", "flax_*", "*.onnx*", "openvino_*")
+"""Code is never run, and other weights are not read."""
 LICENSE = re.compile(r"^license:[ \t]*['\"]?([\w.+-]+)", re.MULTILINE)
 
 
@@ -44,7 +45,7 @@ def model_directory(model: Path | str) -> Path:
     hub, (name, _, revision) = _package(), str(model).partition("@")
     with _explained(f"backbone {name}, which is no directory here,"):
         found = hub.snapshot_download(
-            name, revision=revision or None, allow_patterns=list(BACKBONE_FILES), ignore_patterns=list(OTHER_WEIGHTS)
+            name, revision=revision or None, allow_patterns=list(BACKBONE_FILES), ignore_patterns=list(NOT_FETCHED)
         )
     return Path(found)
 

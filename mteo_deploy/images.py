@@ -1,10 +1,7 @@
-"""Images in and out of arrays: grids, single files, npz. Videos go to npz."""
+"""Arrays to images: grids, single files, npz. Videos go to npz."""
 
 from __future__ import annotations
 
-import tarfile
-import zipfile
-from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 
@@ -12,9 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mteo_deploy.errors import InputError
-
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
-MODES = {1: "L", 3: "RGB"}
 
 
 def to_uint8(images: NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -88,65 +82,3 @@ def save(images: NDArray[np.float32], path: Path) -> None:
     else:
         for i, pixels in enumerate(to_uint8(images)):
             write_png(pixels, path / f"{i:05}.png")
-
-
-def _files(source: Path) -> Iterator[bytes]:
-    """The bytes of every image file in a folder, zip or tar, in name order for folders and zips."""
-    if source.is_dir():
-        for path in sorted(source.rglob("*")):
-            if path.suffix.lower() in IMAGE_SUFFIXES:
-                yield path.read_bytes()
-    elif zipfile.is_zipfile(source):
-        with zipfile.ZipFile(source) as archive:
-            for name in sorted(archive.namelist()):
-                if Path(name).suffix.lower() in IMAGE_SUFFIXES:
-                    yield archive.read(name)
-    elif source.is_file() and tarfile.is_tarfile(source):
-        with tarfile.open(source) as archive:
-            for member in archive:
-                file = archive.extractfile(member) if Path(member.name).suffix.lower() in IMAGE_SUFFIXES else None
-                if file is not None:
-                    yield file.read()
-    else:
-        raise InputError(f"expected an image folder, a zip or tar of one, or an npz at {source}; found none of these")
-
-
-def _in_array(source: Path) -> NDArray[np.uint8]:
-    with np.load(source, allow_pickle=False) as arrays:
-        found = [arrays[name] for name in arrays if arrays[name].dtype == np.uint8 and arrays[name].ndim in (3, 4)]
-    if not found:
-        raise InputError(
-            f"expected a uint8 array [count, height, width] or [count, height, width, channels] in {source}; found none"
-        )
-    return found[0]
-
-
-def read(source: Path, size: tuple[int, int], channels: int) -> NDArray[np.uint8]:
-    """Every image of a folder, a zip or tar of one, or an npz (its first uint8 array ``[count, height, width(, channels)]``).
-
-    Args:
-        size: height and width; other images are resized (bicubic).
-        channels: 1 or 3; images are converted to gray or RGB.
-
-    Returns:
-        uint8 ``[count, channels, height, width]``.
-
-    Raises:
-        InputError: when there is none.
-    """
-    from PIL import Image
-
-    def fit(image: Image.Image) -> NDArray[np.uint8]:
-        image, (height, width) = image.convert(MODES[channels]), size
-        return np.asarray(image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC))
-
-    if channels not in MODES:
-        raise InputError(f"expected samples of 1 or 3 channels, as images have; found {channels}")
-    if source.suffix == ".npz" and source.is_file():
-        images = [fit(Image.fromarray(image.squeeze())) for image in _in_array(source)]
-    else:
-        images = [fit(Image.open(BytesIO(data))) for data in _files(source)]
-    if not images:
-        raise InputError(f"expected images in {source}; found none (endings looked for: {', '.join(sorted(IMAGE_SUFFIXES))})")
-    pixels = np.stack(images).reshape(len(images), *size, channels)
-    return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))

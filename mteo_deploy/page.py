@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mteo_deploy import bisection, costs, images, inspection, plots, waterfall
+from mteo_deploy.text import in_html
 
 if TYPE_CHECKING:
     from mteo_deploy.numerics import Check
@@ -73,7 +73,7 @@ def document(title: str, body: str) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
+        f"<title>{in_html(title)}</title><style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
     )
 
 
@@ -86,10 +86,10 @@ def page(*reports: Report, picture: Path | None = None, caption: str = "") -> st
     """
     parts = ["<header><h1>mteo-deploy report</h1></header>"]
     if len(reports) > 1:
-        links = (f'<a href="#r{i}">{escape(one.title)}</a>' for i, one in enumerate(reports))
+        links = (f'<a href="#r{i}">{in_html(one.title)}</a>' for i, one in enumerate(reports))
         parts.append(f"<nav>{' '.join(links)}</nav>")
     if picture is not None:
-        parts.append(f"<p>{_image(picture.read_bytes(), caption)}</p><p>{escape(caption)}</p>")
+        parts.append(f"<p>{_image(picture.read_bytes(), caption)}</p><p>{in_html(caption)}</p>")
     parts += [_report(report, f"r{i}") for i, report in enumerate(reports)]
     names = ", ".join(dict.fromkeys(report.bundle for report in reports))
     return document(f"mteo-deploy report: {names}", "\n".join(parts))
@@ -115,15 +115,15 @@ def _report(report: Report, name: str) -> str:
     }
     kind, mark = ("ok", "✓") if report.passed else ("failed", "✗")
     return (
-        f'<h2 id="{name}">{escape(report.title)}: {verdict}</h2>\n'
-        f'<p><span class="verdict {kind}">{mark} {verdict}</span> {escape(count)}</p>'
+        f'<h2 id="{name}">{in_html(report.title)}: {verdict}</h2>\n'
+        f'<p><span class="verdict {kind}">{mark} {verdict}</span> {in_html(count)}</p>'
         + _tiles(report)
         + "\n".join(f"<section><h3>{title}</h3>\n{body}</section>" for title, body in sections.items() if body)
     )
 
 
 def _paragraphs(lines: Iterable[str]) -> str:
-    return "".join(f"<p>{escape(line)}</p>" for line in lines)
+    return "".join(f"<p>{in_html(line)}</p>" for line in lines)
 
 
 def _tiles(report: Report) -> str:
@@ -143,7 +143,7 @@ def _tiles(report: Report) -> str:
         before, after = report.compiler["time_conditioned"], _last(report.compiler["graphs"][0])
         fewer = f"{before['nodes']} nodes before, {after['nodes']} in {report.compiler['graphs'][0]['graph'].split('/')[-1]}"
         tiles.append(("parameters folded away", f"{before['parameters'] - after['parameters']:,}", fewer))
-    made = "".join(f"<div><dt>{a}</dt><dd>{escape(b)}<small>{escape(c)}</small></dd></div>" for a, b, c in tiles)
+    made = "".join(f"<div><dt>{a}</dt><dd>{in_html(b)}<small>{in_html(c)}</small></dd></div>" for a, b, c in tiles)
     return f'<dl class="tiles">{made}</dl>\n' if tiles else ""
 
 
@@ -156,11 +156,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], numeric: int | Non
 
     def cell(tag: str, i: int, text: str) -> str:
         kind = ' class="n"' if numeric is not None and i >= numeric else ""
-        return f"<{tag}{kind}>{text if isinstance(text, Raw) else escape(text)}</{tag}>"
+        return f"<{tag}{kind}>{text if isinstance(text, Raw) else in_html(text)}</{tag}>"
 
     top = f"<thead><tr>{''.join(cell('th', i, text) for i, text in enumerate(head))}</tr></thead>" if any(head) else ""
     body = "".join(f"<tr>{''.join(cell('td', i, text) for i, text in enumerate(row))}</tr>" for row in rows)
-    title = f"<caption>{escape(caption)}</caption>" if caption else ""
+    title = f"<caption>{in_html(caption)}</caption>" if caption else ""
     return f'<div class="wide"><table>{title}{top}<tbody>{body}</tbody></table></div>'
 
 
@@ -172,17 +172,17 @@ def figure(draw: plots.Draw | None, name: str, caption: str, height: float = 2.9
     """A drawing with its caption; nothing without matplotlib, or where there is nothing to draw."""
     if draw is None or not plots.available():
         return ""
-    return f"<figure>{plots.svg(draw, name, caption, height)}<figcaption>{escape(caption)}</figcaption></figure>"
+    return f"<figure>{plots.svg(draw, name, caption, height)}<figcaption>{in_html(caption)}</figcaption></figure>"
 
 
 def no_plots() -> str:
     """The line that stands in the drawings' place where there is no matplotlib."""
-    return "" if plots.available() else f'<p class="note">for plots: {escape(plots.INSTALL)}</p>'
+    return "" if plots.available() else f'<p class="note">for plots: {in_html(plots.INSTALL)}</p>'
 
 
 def _image(data: bytes, alt: str, width: int | None = None, height: int | None = None) -> str:
     size = f' width="{width}" height="{height}"' if width and height else ""
-    return f'<img alt="{escape(alt)}"{size} src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+    return f'<img alt="{in_html(alt)}"{size} src="data:image/png;base64,{base64.b64encode(data).decode()}">'
 
 
 def _pictures(found: Pictures | None) -> str:
@@ -191,14 +191,14 @@ def _pictures(found: Pictures | None) -> str:
         return ""
     height, width = found.pixels.shape[2:4]
     times = max(1, -(-SHOWN // width))
-    head = "".join(f'<th scope="col" style="width:{width * times}px">{escape(name)}</th>' for name in found.columns)
+    head = "".join(f'<th scope="col" style="width:{width * times}px">{in_html(name)}</th>' for name in found.columns)
     rows = []
     for row, name in zip(found.pixels, found.rows, strict=True):
         cells = (
             _image(images.png(one), f"{name}, {column}", width * times, height * times)
             for one, column in zip(row, found.columns, strict=True)
         )
-        rows.append(f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>')
+        rows.append(f'<tr><th scope="row">{in_html(name)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>')
     made = f'<table class="pictures"><thead><tr><td></td>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
     return (
         f'<div class="wide">{made}</div><p class="note">The state after every evaluation, clipped to [-1, 1]. Every row begins '
@@ -225,7 +225,7 @@ def _latency(report: Report, name: str) -> str:
         return ""
     doubtful = ' class="doubt"' if found["doubts"] else ""
     *lines, last = report.latency_lines()  # the last one says why the times are not to be trusted, where they are not
-    said = "".join(f"<p>{escape(line)}</p>" for line in lines) + f"<p{doubtful}>{escape(last)}</p>"
+    said = "".join(f"<p>{in_html(line)}</p>" for line in lines) + f"<p{doubtful}>{in_html(last)}</p>"
     drawings = [figure(plots.times(found), f"{name}-times", _times_caption(found))]
     calls = found.get("waterfall")
     if calls:
@@ -305,7 +305,7 @@ def _precision(found: Mapping[str, Any] | None) -> str:
     """What lowering did: errors by evaluation, layers that stayed in float32 and why, the most sensitive layers."""
     if not found:
         return ""
-    parts = [f"<p>{escape(found['name'])}: {escape(inspection.layer_fates(found))}</p>"]
+    parts = [f"<p>{in_html(found['name'])}: {in_html(inspection.layer_fates(found))}</p>"]
     ways = [(title, found[key]) for title, key in (("error", "errors"), ("with one scale for all", "pooled")) if key in found]
     if ways:
         lines = [[str(i), *(f"{way['evaluations'][i]:.1e}" for _, way in ways)] for i in range(len(ways[0][1]["evaluations"]))]

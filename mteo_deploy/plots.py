@@ -17,6 +17,7 @@ import numpy as np
 
 from mteo_deploy import waterfall
 from mteo_deploy.errors import MissingPackageError
+from mteo_deploy.text import in_html
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,6 +43,7 @@ SETTINGS: dict[str, Any] = {
     "ytick.color": INK,
     "legend.frameon": False,
     "svg.fonttype": "none",
+    "text.parse_math": False,  # names out of files may hold a $
     "svg.hashsalt": "mteo-deploy",
 }
 NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -72,7 +74,6 @@ def svg(draw: Draw, prefix: str, label: str, height: float = 2.9) -> str:
         label: what a reader hears who does not see it.
         height: in inches, where the width is 5.2.
     """
-    from html import escape
 
     import matplotlib.style
     from matplotlib.figure import Figure
@@ -86,7 +87,7 @@ def svg(draw: Draw, prefix: str, label: str, height: float = 2.9) -> str:
     text = re.sub(r"<style.*?</style>", "", text, count=1, flags=re.DOTALL)  # its rule is for every element of the page
     text = re.sub(r'\b(id="|xlink:href="#|url\(#)', rf"\g<1>{prefix}-", text)
     text = re.sub(r'<svg (.*?)width="[^"]*" height="[^"]*"', r"<svg \1", text, count=1)
-    return text.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1)
+    return text.replace("<svg ", f'<svg role="img" aria-label="{in_html(label)}" ', 1)
 
 
 def png(compose: Callable[[Figure], None], path: Path, size: tuple[float, float]) -> None:

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mteo_deploy.bundle import Bundle
-from mteo_deploy.errors import InputError, MissingPackageError
+from mteo_deploy.errors import BundleError, InputError, MissingPackageError, border
 from mteo_deploy.requests import NEGATIVE, Request
+from mteo_deploy.text import check_prompt
 
 Texts = str | Sequence[str]
 Arrays = dict[str, NDArray[Any]]
@@ -72,7 +73,8 @@ def open_tokenizers(bundle: Bundle) -> list[Any]:
         from tokenizers import Tokenizer
     except ImportError:
         raise MissingPackageError("prompts need the package tokenizers; run: pip install 'mteo-deploy[text]'") from None
-    return [Tokenizer.from_file(str(bundle.file(name))) for name in bundle.text_encoder["tokenizers"]]
+    with border(f"{bundle.path}: expected tokenizers that the package tokenizers reads", "export again", BundleError):
+        return [Tokenizer.from_file(str(bundle.file(name))) for name in bundle.text_encoder["tokenizers"]]
 
 
 def tokenise(entry: Mapping[str, Any], tokenizers: Sequence[Any], texts: Sequence[str], negative: bool = False) -> Arrays:
@@ -84,7 +86,9 @@ def tokenise(entry: Mapping[str, Any], tokenizers: Sequence[Any], texts: Sequenc
         negative: texts are negative prompts.
     """
     template = template_of(entry, negative)
-    found = [tokenizer.encode_batch([template.around(text) for text in texts]) for tokenizer in tokenizers]
+    around = [template.around(check_prompt(text)) for text in texts]
+    with border("the tokenizer does not take the prompts", "look at the tokenizer of the pipeline that was exported"):
+        found = [tokenizer.encode_batch(around) for tokenizer in tokenizers]
     for text, length in _cut(found, texts, template.skip + entry["tokens"]).items():
         warnings.warn(f"the prompt {text[:40]!r}... is longer than {length} tokens; its end is left out", stacklevel=2)
     tokens: Arrays = {}

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mteo_deploy.arrays import npz
 from mteo_deploy.engines.onnxruntime import session_options
 from mteo_deploy.errors import EngineError, InputError, MissingPackageError
 from mteo_deploy.images import to_uint8
@@ -49,12 +50,15 @@ class Statistics:
         """What an npz with arrays ``mu`` and ``sigma`` holds, as reference statistics are published; None for another npz.
 
         Raises:
-            InputError: when their shapes do not go together.
+            InputError: when their shapes do not go together, or they are no finite numbers.
         """
-        with np.load(path, allow_pickle=False) as arrays:
+        with npz(path, "an npz of images or of reference statistics", "pass another --data") as arrays:
             if not {"mu", "sigma"} <= set(arrays.files):
                 return None
-            mean, covariance = (arrays[name].astype(np.float64) for name in ("mu", "sigma"))
+            mean, covariance = (arrays[name] for name in ("mu", "sigma"))
+        if not all(array.dtype.kind in "fiu" and np.isfinite(array).all() for array in (mean, covariance)):
+            raise InputError(f"expected finite mu and sigma in {path}; found {mean.dtype} and {covariance.dtype} with others")
+        mean, covariance = mean.astype(np.float64), covariance.astype(np.float64)
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
             raise InputError(f"expected mu [n] and sigma [n, n] in {path}; found {mean.shape} and {covariance.shape}")
         return cls(mean, covariance)

@@ -14,6 +14,7 @@ from mteo_deploy.errors import InputError
 from mteo_deploy.numerics import Check
 from mteo_deploy.page import page
 from mteo_deploy.pictures import Pictures
+from mteo_deploy.text import read_text, shown
 
 
 @dataclass(frozen=True)
@@ -67,16 +68,14 @@ class Report:
             InputError: for a file that is no such report.
         """
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = json.loads(read_text(path, "a report of verify"))
             found.pop("passed")
             report = cls(**{**found, "checks": [Check(**check) for check in found["checks"]]})
             complete = not report.latency or (
                 {"batch", "evaluations"} <= report.latency.keys()
                 and all("ratios" in report.latency[name] for name in ("step", "sample"))
             )
-        except OSError as error:
-            raise InputError(f"expected a report of verify at {path}; {error.strerror}") from None
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise InputError(f"expected {path} to be a report.json that verify wrote; found something else") from None
         if not complete:
             raise InputError(f"expected the ratio of every pair in {path}; found none: an older version wrote it; verify again")
@@ -161,7 +160,7 @@ def junit(*reports: Report) -> str:
     for report in reports:
         _suite(root, report)
     ElementTree.indent(root)
-    return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + shown(ElementTree.tostring(root, encoding="unicode")) + "\n"
 
 
 def _suite(root: ElementTree.Element, report: Report) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mteo_deploy.arrays import npz
 from mteo_deploy.errors import BundleError, InputError
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -99,11 +99,8 @@ def read(path: Path) -> dict[str, NDArray[Any]]:
     Raises:
         InputError: for a file that is no npz of plain arrays.
     """
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
-        raise InputError(f"expected an npz file of request inputs at {path}; {error}; write one with numpy.savez") from None
+    with npz(path, "an npz file of request inputs", "write one with numpy.savez") as arrays:
+        return {name: arrays[name] for name in arrays.files}
 
 
 def draw_all(

@@ -6,6 +6,7 @@ that renames a terminal's window, markup that ends a table in an error, or chara
 
 from __future__ import annotations
 
+import html
 import re
 import shlex
 import unicodedata
@@ -35,6 +36,11 @@ def shown(text: object) -> str:
 def _escape(found: re.Match[str]) -> str:
     code = ord(found[0])
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+def in_html(text: object) -> str:
+    """:func:`shown`, in a page: nothing of it is markup."""
+    return html.escape(shown(text))
 
 
 def one_line(text: object) -> str:

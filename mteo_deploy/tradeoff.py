@@ -6,7 +6,6 @@ import csv
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from html import escape
 from io import StringIO
 from math import isfinite
 from pathlib import Path
@@ -16,6 +15,7 @@ from mteo_deploy import plots
 from mteo_deploy.errors import InputError
 from mteo_deploy.page import document, figure, no_plots, table
 from mteo_deploy.report import check_outputs
+from mteo_deploy.text import in_html
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -160,8 +160,8 @@ class Tradeoff:
         """One page that asks for nothing: drawing and table per batch size."""
         parts = ["<header><h1>mteo-deploy bench</h1></header>", f"<h2>{len(self.at(self.batches[0]))} candidates</h2>"]
         *said, last = self.lines()
-        parts += [f"<p>{escape(line)}</p>" for line in said]
-        parts.append(f'<p class="doubt">{escape(last)}</p>' if self.doubts else f"<p>{escape(last)}</p>")
+        parts += [f"<p>{in_html(line)}</p>" for line in said]
+        parts.append(f'<p class="doubt">{in_html(last)}</p>' if self.doubts else f"<p>{in_html(last)}</p>")
         for batch in self.batches:
             caption = (
                 f"Error against time at batch {batch}, both better when smaller. The line joins what no other candidate beats "

@@ -20,7 +20,8 @@ from mteo_deploy.text import one_line, shown, text_lines
 
 COMMAND = [sys.executable, "-m", "mteo_deploy.cli"]
 WAITING = """
-import sys, time
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import click
 from mteo_deploy.commands.common import verb
 
@@ -48,7 +49,6 @@ def test_signals_sweep_and_have_their_exit_code(number: signal.Signals, code: in
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     time.sleep(0.1)

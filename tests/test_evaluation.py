@@ -17,6 +17,7 @@ from conftest import ROOT, Once
 from helpers import Array
 from onnx import TensorProto, helper, numpy_helper
 
+from mteo_deploy import dataset
 from mteo_deploy import images as pictures
 from mteo_deploy.cli import main
 from mteo_deploy.distillation import Recipe, distill
@@ -113,7 +114,7 @@ def test_evaluate_is_what_it_says(tiny_bundle: Path, network: Path, data: Path) 
     assert {name: one.evaluations for name, one in found.samplers.items()} == {MTEO: 3, PLAIN: 3, REFERENCE: 36}
     assert found.samplers[REFERENCE].error == (0.0, 0.0)
     extract = features_of(str(network))
-    real = pictures.read(data, (8, 8), 1).astype(np.float32) / 127.5 - 1
+    real = dataset.read(data, (8, 8), 1).astype(np.float32) / 127.5 - 1
     with Sampler.load(tiny_bundle) as sampler:
         images, plans = sampler(num=96, seed=3, batch=96).clip(-1, 1), (sampler.reference_plan, sampler.plan)
         reference, plain = (sampler.conditioned(plan, num=96, seed=3, batch=96).clip(-1, 1) for plan in plans)
@@ -178,13 +179,13 @@ def test_images_are_read_alike_from_folder_zip_and_array(tmp_path: Path) -> None
         for path in (tmp_path / "folder").iterdir():
             archive.write(path, path.name)
     for name in ("a.npz", "folder", "b.zip"):
-        np.testing.assert_array_equal(pictures.read(tmp_path / name, (8, 8), 1)[:, 0], pixels)
-    assert pictures.read(tmp_path / "folder", (4, 6), 3).shape == (3, 3, 4, 6)
+        np.testing.assert_array_equal(dataset.read(tmp_path / name, (8, 8), 1)[:, 0], pixels)
+    assert dataset.read(tmp_path / "folder", (4, 6), 3).shape == (3, 3, 4, 6)
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="found none"):
-        pictures.read(tmp_path / "empty", (8, 8), 1)
+        dataset.read(tmp_path / "empty", (8, 8), 1)
     with pytest.raises(InputError, match="1 or 3 channels"):
-        pictures.read(tmp_path / "folder", (8, 8), 4)
+        dataset.read(tmp_path / "folder", (8, 8), 4)
 
 
 def test_the_example_writes_the_classifiers_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

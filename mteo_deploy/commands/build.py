@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from mteo_deploy.commands.common import PATH, echo, emit, json_option, named_values, quiet_option, split_numbers, verb
+from mteo_deploy.text import command
 
 
 @click.command()
@@ -61,4 +62,4 @@ def build(bundle: Path, batch: str | None, given: tuple[str, ...], as_json: bool
     if record["missed"]:
         echo(f"{record['missed']['name']} did not fit: {'; '.join(record['missed']['changed'])}")
     echo(f"built {directory}, realisation {record['realisation']}")
-    echo(f"next: mteo-deploy sample {bundle} --num 64 -o grid.png")
+    echo(f"next: {command('mteo-deploy', 'sample', bundle)} --num 64 -o grid.png")

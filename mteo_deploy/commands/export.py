@@ -21,6 +21,7 @@ from mteo_deploy.commands.common import (
     split_numbers,
 )
 from mteo_deploy.inspection import KINDS, TRIED, kind_rows, layer_fates, tried_rows
+from mteo_deploy.text import command
 
 
 @click.command()
@@ -129,7 +130,7 @@ def export(
     )
     for part, why in bundle.manifest["left_out"].items():
         echo(f"no {part} in the bundle: {why}")
-    echo(f"next: mteo-deploy build {output}{_as_measured(compiler)}")
+    echo(f"next: {command('mteo-deploy', 'build', output)}{_as_measured(compiler)}")
 
 
 def _as_measured(compiler: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from mteo_deploy.commands.common import PATH, echo, emit, json_option, verb
+from mteo_deploy.text import command
 
 
 @click.command()
@@ -47,4 +48,4 @@ def pull(repository: str, output: Path, revision: str | None, as_json: bool) -> 
         emit({"bundle": str(output), "repository": repository, "bytes": size})
         return
     echo(f"{output}: {len(bundle.plan.evaluations)} evaluations, {size / 1e6:.2f} MB, all hashes right")
-    echo(f"next: mteo-deploy build {output}")
+    echo(f"next: {command('mteo-deploy', 'build', output)}")
