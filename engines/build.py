@@ -96,6 +96,8 @@ def build(
         )
     if any(size < 1 for size in batch) or seconds <= 0:
         raise InputError(f"expected --batch of 1 or more and --seconds above 0; found {list(batch)} and {seconds}")
+    if threads is not None and threads < 1:
+        raise InputError(f"expected --threads of 1 or more; found {threads}; leave it out for the engine's own choice")
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     batch = batch or bundle.batches
     targets = [one for one in (installed() if engine == AUTO else [backend(engine)]) if precision in one.precisions]

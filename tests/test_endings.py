@@ -109,3 +109,15 @@ def test_a_name_in_a_manifest_does_not_act(tiny_bundle: Path, tmp_path: Path) ->
 
 def test_only_line_ends_divide_lines() -> None:
     assert text_lines("a\u2028b\r\n\r\n c\rd\n") == ["a\u2028b", "c", "d"]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e400", "x"])
+def test_options_take_finite_numbers(value: str) -> None:
+    for option in ("--seconds", "--max-error", "--max-p50-ms"):
+        result = CliRunner().invoke(main, ["verify", "nowhere", f"{option}={value}"])
+        assert result.exit_code == 2 and f"{value!r} is not a finite number" in result.stderr
+
+
+def test_no_threads_are_refused(tiny_bundle: Path) -> None:
+    result = CliRunner().invoke(main, ["build", str(tiny_bundle), "--threads", "0"])
+    assert result.exit_code == 2 and "--threads of 1 or more" in result.stderr

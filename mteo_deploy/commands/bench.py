@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from mteo_deploy.commands.common import (
+    FINITE,
     PATH,
     device_option,
     echo,
@@ -26,7 +27,7 @@ from mteo_deploy.commands.common import (
 @device_option
 @click.option("--precision", default="all", show_default=True, help="Names by comma, or all that are built.")
 @click.option("--batch", default="1", show_default=True, help="Images per engine call, sizes by comma.")
-@click.option("--seconds", type=float, default=10.0, show_default=True, help="Time for the timing, all batch sizes together.")
+@click.option("--seconds", type=FINITE, default=10.0, show_default=True, help="Time for the timing, all batch sizes together.")
 @click.option("--num", type=int, default=64, show_default=True, help="Images for the error.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of their noise.")
 @click.option("--plain", is_flag=True, help="Add the plain solver on the time-conditioned graph, for every bundle and engine.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import re
 import signal
@@ -30,6 +31,24 @@ BAD_INPUT, INTERNAL, INTERRUPTED, CLOSED_PIPE, TERMINATED = 2, 3, 130, 141, 143
 
 TRAINING = {"torch", "diffusers", "transformers", "accelerate", "peft", "onnx", "onnx_ir", "onnxscript", "sentencepiece"}
 """Modules of the extra ``train``."""
+
+
+class Finite(click.ParamType):
+    """A number as an option takes it: neither NaN nor infinite, which every comparison would let through."""
+
+    name = "float"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
+
+
+FINITE = Finite()
 
 
 class Terminated(BaseException):

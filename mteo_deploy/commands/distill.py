@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from mteo_deploy.commands.common import (
+    FINITE,
     PATH,
     backbone_options,
     echo,
@@ -30,7 +31,7 @@ from mteo_deploy.commands.common import (
 @click.option("--trajectories", type=int, default=1024, show_default=True, help="Reference trajectories to learn from.")
 @click.option("--iterations", type=int, default=400, show_default=True)
 @click.option("--batch", type=int, default=64, show_default=True)
-@click.option("--lr", type=float, default=0.05, show_default=True, help="Adam's learning rate, decayed by a cosine.")
+@click.option("--lr", type=FINITE, default=0.05, show_default=True, help="Adam's learning rate, decayed by a cosine.")
 @click.option("--seed", type=int, default=1_000_000, show_default=True)
 @click.option("--bf16", is_flag=True, help="Train under bf16 autocast.")
 @click.option(
@@ -53,7 +54,7 @@ from mteo_deploy.commands.common import (
 @click.option("--cache", type=PATH, help="Directory that keeps reference trajectories, not in memory, also for the next run.")
 @click.option("--reference-limit", help="The most that reference trajectories may take, e.g. 20GB, in --cache or in memory.")
 @click.option("--device", help="cpu or cuda [default: what torch has].")
-@click.option("--guidance-scale", type=float, help="Learn under classifier-free guidance of this scale: docs/guidance.md.")
+@click.option("--guidance-scale", type=FINITE, help="Learn under classifier-free guidance of this scale: docs/guidance.md.")
 @null_class_option
 @json_option
 @quiet_option

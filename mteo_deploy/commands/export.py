@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from mteo_deploy.commands.common import (
+    FINITE,
     PATH,
     backbone_options,
     echo,
@@ -31,7 +32,7 @@ from mteo_deploy.text import command
 @click.option("--embeddings", type=PATH, help="Embedding set made by distill [default: the packaged one].")
 @click.option("--plain", is_flag=True, help="Pretrained embeddings, nothing learned: the plain solver.")
 @click.option("--schedule", help="Time points of the plain solver, as in distill [default: the backbone's].")
-@click.option("--guidance-scale", type=float, help="With --plain: classifier-free guidance [default: the set's own, or none].")
+@click.option("--guidance-scale", type=FINITE, help="With --plain: classifier-free guidance [default: the set's own, or none].")
 @null_class_option
 @click.option("--realisation", "realisations", multiple=True, help="baked, table or fused; repeatable [default: all].")
 @click.option("--dynamic", help="Axes left open, of batch,height,width [default: batch, unless --batch is one size].")
@@ -47,7 +48,7 @@ from mteo_deploy.text import command
     "--calibration", default=16, show_default=True, help="Images whose trajectories int8 and fp8 scales are chosen on."
 )
 @click.option(
-    "--max-error", type=float, help="Of the median image, met by leaving layers of int8 or fp8 in fp32 [with auto: 0.05]."
+    "--max-error", type=FINITE, help="Of the median image, met by leaving layers of int8 or fp8 in fp32 [with auto: 0.05]."
 )
 @click.option("--full-range", is_flag=True, help="int8 weights in 8 bits, not 7; x86 processors need VNNI for it.")
 @click.option("--dump-after", metavar="PASS", help="Leave each step graph after PASS in OUTPUT.after-PASS/.")

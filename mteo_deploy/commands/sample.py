@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from mteo_deploy.commands.common import (
+    FINITE,
     PATH,
     device_option,
     echo,
@@ -40,7 +41,7 @@ from mteo_deploy.commands.common import (
     "--tile", type=int, help="Decode larger images in tiles of so many latents; 0: whole [default: the bundle's own]."
 )
 @click.option("--class-labels", help="For a backbone with classes: one label, or as many as images, by comma.")
-@click.option("--guidance-scale", type=float, help="For a bundle with guidance [default: what it was exported with].")
+@click.option("--guidance-scale", type=FINITE, help="For a bundle with guidance [default: what it was exported with].")
 @click.option(
     "--requests", "request_file", type=PATH, help="npz of request inputs (prompt embeddings): one each, or as many as images."
 )

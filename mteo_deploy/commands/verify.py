@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from mteo_deploy.commands.common import (
+    FINITE,
     PATH,
     device_option,
     echo,
@@ -27,11 +28,11 @@ from mteo_deploy.commands.common import (
 @device_option
 @realisation_option
 @click.option("--batch", type=int, default=1, show_default=True, help="Images per engine call in the latency part.")
-@click.option("--seconds", type=float, default=3.0, show_default=True, help="Time for the latency part; 0 leaves it out.")
-@click.option("--max-p50-ms", type=float, help="Budget: median time to sample one batch, in ms.")
-@click.option("--max-p99-ms", type=float, help="Budget: its 99th percentile.")
-@click.option("--max-overhead", type=float, help="Budget: evaluations over time-conditioned ones, e.g. 0.02.")
-@click.option("--max-error", type=float, help="Budget: relative error of the images against torch's.")
+@click.option("--seconds", type=FINITE, default=3.0, show_default=True, help="Time for the latency part; 0 leaves it out.")
+@click.option("--max-p50-ms", type=FINITE, help="Budget: median time to sample one batch, in ms.")
+@click.option("--max-p99-ms", type=FINITE, help="Budget: its 99th percentile.")
+@click.option("--max-overhead", type=FINITE, help="Budget: evaluations over time-conditioned ones, e.g. 0.02.")
+@click.option("--max-error", type=FINITE, help="Budget: relative error of the images against torch's.")
 @click.option("--budgets", "budget_file", type=PATH, help="TOML file of budgets, e.g. max_p50_ms = 25; options go before it.")
 @click.option("--against", type=PATH, help="An older report.json: fail where this run is slower.")
 @click.option("--bisect", is_flag=True, help="Where an evaluation departs, name the first layer that does.")
