@@ -8,7 +8,6 @@ layers that one gains by cost another time.
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -24,6 +23,7 @@ from mteo_deploy.engines.build import build
 from mteo_deploy.errors import InputError, MteoError
 from mteo_deploy.exporters.export import export
 from mteo_deploy.exporters.options import SCALED
+from mteo_deploy.files import Scratch
 from mteo_deploy.numerics import relative_error
 from mteo_deploy.sampler import Array, Sampler, noise_for
 
@@ -98,7 +98,7 @@ def export_fastest(
         raise InputError(f"expected --max-error above 0 and precisions to try; found {max_error} and {list(candidates)}")
     output = Path(output)
     with whole_directory(output, replace=MANIFEST) as directory, ExitStack() as open_until_the_end:
-        work = Path(open_until_the_end.enter_context(tempfile.TemporaryDirectory(prefix=".auto-", dir=output.parent)))
+        work = Path(open_until_the_end.enter_context(Scratch(".auto-", directory.parent)))
         tried: list[Tried] = []
         samplers: dict[int, Sampler] = {}
         exported: dict[Path, MteoError | None] = {}

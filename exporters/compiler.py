@@ -31,6 +31,7 @@ from mteo_deploy.exporters.passes.views import Views
 from mteo_deploy.exporters.steps import Steps
 from mteo_deploy.exporters.tabulate import tabulate
 from mteo_deploy.exporters.trace import trace_generic, trace_time_embedding
+from mteo_deploy.files import save_tensors
 from mteo_deploy.plan import Plan
 from mteo_deploy.progress import Reporter
 from mteo_deploy.realisations import NAMES
@@ -178,8 +179,7 @@ def _write_table(
     passes = steps.alike_passes[0] + low.other(model)
     content = content_hash(model, weights)
     graph = write(model, passes, "table.onnx")
-    save_file({"table": table}, directory / TABLES)
-    (directory / TABLES).chmod(0o644)  # safetensors writes for the owner only
+    save_tensors(save_file, {"table": table}, directory / TABLES)
     requests = [steps.sources(i, graph.entry) for i in range(len(table))]
     entry = {**graph.entry, "table": TABLES, "content": content, "requests": requests}
     return replace(graph, entry=entry)

@@ -14,6 +14,7 @@ import numpy as np
 import mteo_deploy
 from mteo_deploy import assets
 from mteo_deploy.bundle import MANIFEST, SCHEMA, Bundle, whole_directory, write_manifest
+from mteo_deploy.directories import check_directory
 from mteo_deploy.embeddings import EmbeddingSet
 from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.base import Adapter, embeddings_at, load_backbone, site_dict
@@ -160,6 +161,7 @@ def export(
         EngineError: for an ``engine`` that does not take the graphs.
     """
     output = Path(output)
+    check_directory(output, MANIFEST)
     dump = output.with_name(f"{output.name}.after-{dump_after}") if dump_after else None
     if dynamic is None:
         dynamic = () if len(batch) == 1 else ("batch",)

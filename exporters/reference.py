@@ -14,6 +14,7 @@ from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.base import Adapter, embeddings_at
 from mteo_deploy.exporters.pipeline import Pipeline
 from mteo_deploy.exporters.text import TextEncoder
+from mteo_deploy.files import save_tensors
 from mteo_deploy.plan import Plan, default_substeps, reference_plan, run
 from mteo_deploy.sampler import noise_for
 
@@ -52,8 +53,7 @@ def write_reference(
     found |= {f"request/{name}": values for name, values in requests.items()}
     path = directory / FILE
     path.parent.mkdir()
-    save_file({name: values.contiguous().numpy() for name, values in found.items()}, path)  # it writes what lies in memory
-    path.chmod(0o644)  # safetensors writes for the owner only
+    save_tensors(save_file, {name: values.contiguous().numpy() for name, values in found.items()}, path)  # as it lies in memory
     plan = reference_plan(embeddings.plan, adapter.levels, default_substeps(embeddings.plan))
     return {"file": FILE, "seed": SEED, "count": COUNT, "prompts": list(PROMPTS), "plan": plan.to_json()}
 

@@ -5,13 +5,9 @@ The graphs and their weight file lie in one folder, because ONNX readers refuse 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -20,12 +16,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mteo_deploy.directories import recover, whole_directory
 from mteo_deploy.errors import BundleError, InputError
 from mteo_deploy.plan import Plan
 from mteo_deploy.requests import Request
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+__all__ = ["MANIFEST", "SCHEMA", "Bundle", "sha256_file", "whole_directory", "write_manifest"]
 PARTS = ("plan", "realisations", "conditioned", "reference", "backbone", "embeddings", "precision")
 
 
@@ -33,44 +31,6 @@ def sha256_file(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def whole_directory(target: Path, *, replace: str | None = None) -> Iterator[Path]:
-    """A temporary sibling of ``target`` that becomes ``target`` when the block ends without an error.
-
-    Args:
-        replace: name of a file that marks an old result which may be replaced; anything else at ``target`` is refused.
-
-    Raises:
-        InputError: when ``target`` exists and is not such a result, or the disk cannot take it.
-    """
-    if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or (replace and (target / replace).is_file()))):
-        raise InputError(f"expected a new path or an older result at {target}; found something else; pass another -o/--output")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-    except OSError as error:
-        raise InputError(f"cannot write beside {target}: {error.strerror or error}; pass another -o/--output") from None
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        aside = temporary.with_suffix(".old")
-        if target.exists():
-            os.replace(target, aside)
-        try:
-            os.replace(temporary, target)
-        except OSError:
-            if aside.exists():
-                os.replace(aside, target)
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
-    except OSError as error:
-        raise InputError(
-            f"could not write {target}: {error.strerror or error}; nothing was kept; free space or pass -o"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -87,7 +47,8 @@ class Bundle:
         Raises:
             BundleError: when something is missing, altered, of a newer schema, or points outside the bundle.
         """
-        path = Path(path)
+        path = Path(os.fspath(path))
+        recover(path)
         if not (path / MANIFEST).is_file():
             raise BundleError(
                 f"expected a bundle (a directory with {MANIFEST}) at {path}; make one with: mteo-deploy export -o DIR"

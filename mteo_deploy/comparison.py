@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from mteo_deploy.bundle import Bundle
 from mteo_deploy.engines import cache
 from mteo_deploy.errors import InputError
+from mteo_deploy.files import write_atomic
 from mteo_deploy.numerics import Check, psnr, relative_error, tolerance_of, worst_region
 from mteo_deploy.page import page
 from mteo_deploy.precision import rank
@@ -63,10 +64,9 @@ class Reports:
             InputError: for a picture, which shows one engine.
         """
         check_outputs([path], several=True)
-        make = {".html": page, ".xml": junit}.get(path.suffix)
+        make = {".html": page, ".xml": junit}.get(path.suffix.lower())
         text = make(*self.every) if make else json.dumps(self.to_json(), indent=1) + "\n"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        write_atomic(path, text)
 
 
 def names_several(engine: str) -> bool:

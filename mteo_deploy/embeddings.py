@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mteo_deploy.errors import BundleError, InputError
+from mteo_deploy.files import check_file, save_tensors
 from mteo_deploy.plan import Plan
 
 FORMAT = "mteo-deploy embedding set"
@@ -97,18 +97,15 @@ class EmbeddingSet:
             )
 
     def save(self, path: Path | str) -> None:
-        """Write the file atomically."""
-        path = Path(path)
+        """Write the file whole or not at all.
+
+        Raises:
+            InputError: when it cannot be written; an older file is as it was.
+        """
         header = {"format": FORMAT, "version": VERSION, "backbone": self.backbone, "training": self.training}
         metadata = {"mteo": json.dumps({**header, "plan": self.plan.to_json()})}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({name: np.ascontiguousarray(d, np.float32) for name, d in self.deltas.items()}, temporary, metadata)
-            temporary.chmod(0o644)  # safetensors writes for the owner only
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        deltas = {name: np.ascontiguousarray(delta, np.float32) for name, delta in self.deltas.items()}
+        save_tensors(save_file, deltas, Path(path), metadata)
 
     @classmethod
     def load(cls, path: Path | str) -> EmbeddingSet:
@@ -166,6 +163,8 @@ def merge(
     found = [one if isinstance(one, EmbeddingSet) else EmbeddingSet.load(Path(one)) for one in sets]
     if output is not None and Path(output).suffix != ".safetensors":
         raise InputError(f"expected an output file ending in .safetensors; found {output}")
+    if output is not None:
+        check_file(Path(output))
     if not found:
         raise InputError("expected one embedding set or more to merge; found none")
     weights = [1 / len(found)] * len(found) if weights is None else list(weights)

@@ -17,6 +17,7 @@ from typing import Any
 
 from mteo_deploy import assets
 from mteo_deploy.bundle import MANIFEST, Bundle, whole_directory
+from mteo_deploy.directories import CARDS
 from mteo_deploy.errors import InputError, MissingPackageError
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
@@ -114,7 +115,10 @@ def pull(repository: str, output: Path | str, *, revision: str | None = None) ->
                 repository, revision=revision, local_dir=directory, ignore_patterns=[".gitattributes", "engines/*"]
             )
         shutil.rmtree(directory / ".cache", ignore_errors=True)
-        Bundle.open(directory)
+        listed = {MANIFEST, *CARDS, *Bundle.open(directory).manifest["files"]}
+        for path in directory.rglob("*"):
+            if path.is_file() and path.relative_to(directory).as_posix() not in listed:
+                path.unlink()  # what else the repository holds is no part of the bundle, and would keep it from being replaced
     return Bundle.open(output)
 
 

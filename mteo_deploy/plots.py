@@ -17,6 +17,7 @@ import numpy as np
 
 from mteo_deploy import waterfall
 from mteo_deploy.errors import MissingPackageError
+from mteo_deploy.files import write_atomic
 from mteo_deploy.text import in_html
 
 if TYPE_CHECKING:
@@ -105,8 +106,7 @@ def png(compose: Callable[[Figure], None], path: Path, size: tuple[float, float]
         figure = Figure(figsize=size, layout="constrained")
         compose(figure)
         figure.savefig(file, format="png", backend="agg", dpi=150)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(file.getvalue())
+    write_atomic(path, file.getvalue())
 
 
 def errors(checks: Sequence[Check]) -> Draw | None:

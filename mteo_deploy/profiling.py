@@ -13,6 +13,7 @@ from mteo_deploy.bundle import Bundle
 from mteo_deploy.engines import cache
 from mteo_deploy.engines.base import ProfiledSession, Session
 from mteo_deploy.errors import EngineError, InputError
+from mteo_deploy.files import write_atomic
 from mteo_deploy.progress import reporter
 from mteo_deploy.sampler import Sampler, noise_for
 
@@ -112,8 +113,7 @@ class Profile:
     def save(self, path: Path) -> None:
         """Write JSON: a Chrome trace for a path ending in ``.trace.json``, else :meth:`to_json`."""
         found = self.chrome_trace() if path.name.endswith(".trace.json") else self.to_json()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_atomic(path, json.dumps(found, indent=1) + "\n")
 
 
 def profile(

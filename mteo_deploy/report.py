@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 
 from mteo_deploy import bisection, costs, plots
 from mteo_deploy.errors import InputError
+from mteo_deploy.files import check_file, write_atomic
 from mteo_deploy.numerics import Check
 from mteo_deploy.page import page
 from mteo_deploy.pictures import Pictures
@@ -116,17 +117,16 @@ class Report:
         Raises:
             MissingPackageError: for a picture without matplotlib.
         """
-        if path.suffix == ".png":
+        if path.suffix.lower() == ".png":
             plots.sheet(self, path)
             return
-        if path.suffix == ".html":
+        if path.suffix.lower() == ".html":
             text = page(self)
-        elif path.suffix == ".xml":
+        elif path.suffix.lower() == ".xml":
             text = junit(self)
         else:
             text = json.dumps(self.to_json(), indent=1) + "\n"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        write_atomic(path, text)
 
 
 DRAWN = (".html", ".png")
@@ -140,15 +140,14 @@ def check_outputs(paths: Sequence[Path], several: bool = False) -> None:
         several: reports of several engines.
 
     Raises:
-        InputError: for a folder, the same path twice, or one picture of several engines.
+        InputError: for what cannot be written, the same path twice, or one picture of several engines.
         MissingPackageError: for a picture without matplotlib.
     """
     for path in paths:
-        if path.is_dir():
-            raise InputError(f"expected a file at {path}; found a folder; pass another -o")
-        if path.suffix == ".png" and several:
+        check_file(path)
+        if path.suffix.lower() == ".png" and several:
             raise InputError(f"expected one engine for a picture; found several for {path}; write a page (.html) instead")
-        if path.suffix == ".png":
+        if path.suffix.lower() == ".png":
             plots.require(path)
     if len(set(paths)) < len(paths):
         raise InputError(f"expected every -o once; found {', '.join(map(str, paths))}")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mteo_deploy import plots
 from mteo_deploy.errors import InputError
+from mteo_deploy.files import write_atomic
 from mteo_deploy.page import document, figure, no_plots, table
 from mteo_deploy.report import check_outputs
 from mteo_deploy.text import in_html
@@ -181,12 +182,11 @@ class Tradeoff:
             MissingPackageError: for a picture without matplotlib.
         """
         check_tradeoff_outputs([path])
-        if path.suffix == ".png":
+        if path.suffix.lower() == ".png":
             plots.png(self._compose, path, (6.5 * len(self.batches), 5.0))
             return
-        make = {".html": self.html, ".csv": self.csv}.get(path.suffix, lambda: json.dumps(self.to_json(), indent=1) + "\n")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(make(), encoding="utf-8")
+        make = {".html": self.html, ".csv": self.csv}.get(path.suffix.lower())
+        write_atomic(path, make() if make else json.dumps(self.to_json(), indent=1) + "\n")
 
     def _compose(self, figure: Figure) -> None:
         for i, batch in enumerate(self.batches):
@@ -206,7 +206,7 @@ def check_tradeoff_outputs(paths: Sequence[Path]) -> None:
         MissingPackageError: for a picture without matplotlib.
     """
     for path in paths:
-        if path.suffix not in ENDINGS:
+        if path.suffix.lower() not in ENDINGS:
             raise InputError(f"expected an output ending in {', '.join(ENDINGS)}; found {path}; pass another -o")
     check_outputs(paths)
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from helpers import altered, edit_json
 
-from mteo_deploy import assets
+from mteo_deploy import assets, directories
 from mteo_deploy.bundle import MANIFEST, SCHEMA, Bundle, sha256_file, whole_directory
 from mteo_deploy.embeddings import EmbeddingSet
 from mteo_deploy.errors import BundleError, InputError
@@ -156,10 +156,12 @@ def test_whole_directory_leaves_nothing_after_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("failing", [1, 2])
 def test_old_result_survives_a_failed_rename(failing: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Moving the old result aside may fail, and so may moving the new one to its place."""
+    """Where two names cannot be exchanged at once: moving the old result aside may fail, and so may moving the new one in."""
     target, calls, replace = tmp_path / "result", 0, os.replace
     target.mkdir()
-    (target / MANIFEST).write_text("old")
+    old = '{"kind": "mteo-deploy bundle", "schema": 1, "files": {}}'
+    (target / MANIFEST).write_text(old)
+    monkeypatch.setattr(directories, "_exchange", lambda one, other: False)
 
     def fail_once(source: Any, destination: Any) -> None:
         nonlocal calls
@@ -172,7 +174,7 @@ def test_old_result_survives_a_failed_rename(failing: int, tmp_path: Path, monke
         whole_directory(target, replace=MANIFEST) as directory,
     ):
         (directory / MANIFEST).write_text("new")
-    assert (target / MANIFEST).read_text() == "old"
+    assert (target / MANIFEST).read_text() == old
     assert [path.name for path in tmp_path.iterdir()] == ["result"]
 
 
@@ -215,7 +217,7 @@ def test_export_does_not_overwrite_anything_else(kind: str, tiny_model: Path, ti
 
 def test_export_where_nothing_can_be_written(tiny_model: Path, tiny_embeddings: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot write beside"):
+    with pytest.raises(InputError, match=r"cannot write into .*expected a folder at .*file; found none"):
         export(tmp_path / "file" / "bundle", model=tiny_model, embeddings=tiny_embeddings, quiet=True)
 
 

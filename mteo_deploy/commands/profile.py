@@ -40,8 +40,11 @@ def profile(bundle: Path, output: Path | None, top: int, as_json: bool, quiet: b
 
     Example:  mteo-deploy profile bundle -o sample.trace.json
     """
+    from mteo_deploy.files import check_file
     from mteo_deploy.profiling import profile as run
 
+    if output:
+        check_file(output)
     found = run(bundle, quiet=quiet or as_json, **options)
     if output:
         found.save(output)

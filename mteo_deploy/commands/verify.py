@@ -76,7 +76,7 @@ def verify(
     from mteo_deploy.verification import verify as verify_one
 
     check_outputs(outputs, several=names_several(options["engine"]))
-    options["draw"] = any(output.suffix in DRAWN for output in outputs)
+    options["draw"] = any(output.suffix.lower() in DRAWN for output in outputs)
     budgets = (Budgets.read(budget_file) if budget_file else Budgets()).override(
         max_p50_ms=max_p50_ms, max_p99_ms=max_p99_ms, max_overhead=max_overhead, max_error=max_error
     )

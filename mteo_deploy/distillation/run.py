@@ -29,6 +29,7 @@ from mteo_deploy.exporters.base import Adapter, embeddings_at, load_backbone
 from mteo_deploy.exporters.fake_quantize import FakeQuantised, Quantised, quantised_layers
 from mteo_deploy.exporters.guidance import guided
 from mteo_deploy.exporters.text import prompt_requests
+from mteo_deploy.files import check_file
 from mteo_deploy.plan import Plan, reference_plan
 from mteo_deploy.progress import Reporter, reporter
 from mteo_deploy.requests import Arrays, draw_all, read
@@ -120,6 +121,7 @@ def distill(
     output = Path(output)
     if output.suffix != ".safetensors":
         raise InputError(f"expected an output file ending in .safetensors; found {output}")
+    check_file(output)
     if prompts is not None and requests is not None:
         raise InputError("expected --prompts or --requests; found both; leave one out")
     feature_name = _named(features, recipe)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from mteo_deploy.distillation.parallel import Processes
 from mteo_deploy.distillation.student import Student
 from mteo_deploy.distillation.trajectories import Trajectories
 from mteo_deploy.errors import InputError
+from mteo_deploy.files import save_tensors
 from mteo_deploy.progress import Reporter
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -35,9 +35,8 @@ class Checkpoint:
         for name, parameter in self.parameters.items():
             state = self.optimizer.state[parameter]
             tensors |= {f"{name}/{moment}": state[moment].clone() for moment in MOMENTS}
-        temporary = self.path.with_suffix(".tmp")
-        save_file(tensors, temporary, {"iteration": str(iteration), "seconds": str(seconds), "key": self.key})
-        os.replace(temporary, self.path)
+        metadata = {"iteration": str(iteration), "seconds": str(seconds), "key": self.key}
+        save_tensors(save_file, tensors, self.path, metadata)
 
     def load(self) -> tuple[int, float]:
         """Iterations done and seconds spent; none when there is no checkpoint of this run."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,10 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from mteo_deploy.bundle import whole_directory
+from mteo_deploy.directories import whole_directory
 from mteo_deploy.distillation.parallel import Processes
 from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.base import Adapter
+from mteo_deploy.files import sweep
 from mteo_deploy.plan import Plan, reference_plan, run
 from mteo_deploy.requests import Arrays
 from mteo_deploy.sampler import noise_for
@@ -64,6 +66,7 @@ class Trajectories:
         for name, values in self.arrays().items():
             array = values.numpy()
             file = np.lib.format.open_memmap(directory / f"{name}.npy", "w+", array.dtype, array.shape)
+            _take_room(directory / f"{name}.npy")
             file[:] = array
             found[name] = torch.from_numpy(file)
         return Trajectories._of(found)
@@ -77,6 +80,13 @@ class Trajectories:
     def _of(cls, arrays: dict[str, torch.Tensor]) -> Trajectories:
         requests = {n.removeprefix("request."): v for n, v in arrays.items() if n.startswith("request.")}
         return cls(arrays["noise"], arrays["states"], requests)
+
+
+def _take_room(path: Path) -> None:
+    """Have the disk's blocks for a file before it is written through a map, where a full disk is no error but SIGBUS."""
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def digest(given: Arrays | None) -> str:
@@ -156,6 +166,9 @@ def reference_trajectories(
 
 def _check_room(planned: Trajectories, cache: Path | None, limit: int | None) -> None:
     """Raise where what is planned takes more than is allowed or there is."""
+    if cache is not None:
+        for left in {path.name.removesuffix(".tmp")[:-8] for path in cache.glob(".trajectories-*.tmp")}:
+            sweep(cache, left)  # of runs that were killed, with other arguments too
     there = 0 if cache is None else sum(file.stat().st_size for file in cache.glob("trajectories-*/*.npy"))
     wanted, count = planned.nbytes, len(planned.noise)
     each = f"{wanted:,} bytes for {count} reference trajectories, {wanted // count:,} for each"
