@@ -26,10 +26,11 @@ import torch
 from numpy.typing import NDArray
 
 from mteo_deploy import assets
-from mteo_deploy.errors import InputError
+from mteo_deploy.errors import InputError, border
+from mteo_deploy.exporters.checkpoint import refuse_quantised
 from mteo_deploy.exporters.lora import Lora, Loras
 from mteo_deploy.exporters.schedulers import noise_levels, scheduler_points
-from mteo_deploy.exporters.weights import load_network
+from mteo_deploy.exporters.weights import SAVE_AGAIN, load_network, network_outline
 from mteo_deploy.hub import is_repository, license_of, model_directory
 from mteo_deploy.plan import Plan, compile_plan
 from mteo_deploy.requests import Arrays, Request, draw_all
@@ -153,11 +154,9 @@ class Adapter(ABC, torch.nn.Module):
         """
         if not hasattr(cls, "network_class"):
             return cls.load(network_dir, scheduler_config)
-        try:
-            with torch.device("meta"):
-                network = cls.network_class.from_config(cls.network_class.load_config(network_dir))
-        except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"expected {cls.family}'s config.json in {network_dir}; {str(error).splitlines()[0]}") from None
+        refuse_quantised(network_dir, cls.family)
+        with border(f"expected {cls.family}'s config.json in {network_dir}", SAVE_AGAIN):
+            network = network_outline(cls.network_class, network_dir)
         return cls(network, scheduler_config)
 
     def serve(self, pipeline: str) -> None:

@@ -17,6 +17,9 @@ from mteo_deploy.exporters.weights import load_network
 
 CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 
+UNUSED = ("encoder.", "quant_conv.")
+"""Beginnings of the names of a VAE's layers that only images to latents need."""
+
 
 class Decoder(torch.nn.Module):
     """A frozen VAE's decoder: latents ``[batch, channels, h, w]`` to images ``[batch, 3, height, width]``, nominally in
@@ -65,7 +68,7 @@ def load_decoder(directory: Path, cls: str, channels: int) -> Decoder:
     Raises:
         InputError: for weights that do not fit, or latents of another number of channels.
     """
-    vae = load_network(getattr(diffusers, cls), directory)
+    vae = load_network(getattr(diffusers, cls), directory, unused=UNUSED)
     if vae.config.latent_channels != channels:
         raise InputError(
             f"expected a VAE of {channels} latent channels, as the backbone has; {directory} has {vae.config.latent_channels}; "

@@ -6,7 +6,8 @@ What each kind of pipeline does with them is a row of :data:`mteo_deploy.exporte
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mteo_deploy.errors import InputError
+from mteo_deploy.errors import InputError, border
 from mteo_deploy.exporters.base import INDEX, Adapter, pipeline_parts
+from mteo_deploy.exporters.checkpoint import read_checkpoint
 from mteo_deploy.exporters.encoders import KINDS, SEEING, Kind, supported
 from mteo_deploy.exporters.tokenizer import fit, load_tokenizer
+from mteo_deploy.exporters.weights import SAVE_AGAIN, check_loaded, check_report
 from mteo_deploy.prompts import Arrays, encode, request_inputs, tokenise
 from mteo_deploy.requests import Request
 from mteo_deploy.text import read_text, text_lines
 
+OTHER_HALVES = {
+    "CLIPTextModel": ("vision_model.", "visual_projection.", "text_projection.", "logit_scale"),
+    "CLIPTextModelWithProjection": ("vision_model.", "visual_projection.", "logit_scale"),
+    "Qwen2_5_VLForConditionalGeneration": ("lm_head.", "model.visual.", "visual."),
+    "other": ("decoder.", "lm_head."),
+}
+"""Class -> beginnings of names that a larger model's weights have besides, or that are not used of it."""
 AT_ONCE = 32
 """Prompts that are encoded together."""
 VAE_SCALE = 8
@@ -156,20 +166,37 @@ def _package() -> str | None:
 def _encoder(directory: Path, cls: str) -> Any:
     """One encoder: of a model that sees and speaks, its reading half alone."""
     import transformers
+
+    checkpoint = read_checkpoint(directory, "model", cls)
+    if (directory / "adapter_config.json").exists():  # which transformers would load beside the weights
+        raise InputError(
+            f"expected {cls} weights in {directory}; it has a PEFT adapter; `merge_and_unload()` and save it again"
+        )
+    # torch.export cannot follow the fused attention of T5; without a soft cap both compute the same
+    options: dict[str, Any] = {"attn_implementation": "eager"} if "T5" in cls else {}
+    options |= {"use_safetensors": True, "dtype": torch.float32, "variant": checkpoint.variant, "local_files_only": True}
+    with _quietly(), border(f"expected {cls} weights as safetensors in {directory}", SAVE_AGAIN):
+        reported = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # the report names them, the error does not
+        found, report = getattr(transformers, cls).from_pretrained(directory, **options, **reported)
+    check_report(cls, directory, report, OTHER_HALVES.get(cls, OTHER_HALVES["other"]))
+    check_loaded(cls, directory, found)
+    return found.model.language_model if cls in SEEING else found
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """No progress bar of transformers, and no table of missing weights: they are an error here."""
     from transformers.utils import logging
 
-    bars = logging.is_progress_bar_enabled()
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
-    # torch.export cannot follow the fused attention of T5; without a soft cap both compute the same
-    options = {"attn_implementation": "eager"} if "T5" in cls else {}
+    logging.set_verbosity_error()
     try:
-        found = getattr(transformers, cls).from_pretrained(directory, use_safetensors=True, dtype=torch.float32, **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"expected {cls} weights as safetensors in {directory}; {str(error).splitlines()[0]}") from None
+        yield
     finally:
+        logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-    return found.model.language_model if cls in SEEING else found
 
 
 def _scale(pipeline: Path) -> int:

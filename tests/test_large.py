@@ -25,9 +25,10 @@ from mteo_deploy.distillation.trajectories import Trajectories, reference_trajec
 from mteo_deploy.embeddings import EmbeddingSet
 from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.base import Adapter, load_backbone
+from mteo_deploy.exporters.checkpoint import read_checkpoint
 from mteo_deploy.exporters.evaluate import evaluate, without_weights
 from mteo_deploy.exporters.passes.share import WeightFile, content_hash
-from mteo_deploy.exporters.weights import in_float32
+from mteo_deploy.exporters.weights import STEM, in_float32
 from mteo_deploy.machine import watch
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="tells another process's memory")
@@ -64,7 +65,7 @@ def test_shards_and_types_load_the_same(dtype: torch.dtype, shard: str, tmp_path
     assert found.keys() == stored.keys()
     for name, value in found.items():
         assert value.dtype == torch.float32 and torch.equal(value, stored[name].float()), name
-    with in_float32(path / "unet") as directory:
+    with in_float32(read_checkpoint(path / "unet", STEM, "UNet2DModel")) as directory:
         assert (directory == path / "unet") == (dtype == torch.float32)
         assert directory.is_dir()
     assert directory.is_dir() == (dtype == torch.float32)  # a copy does not stay
