@@ -186,7 +186,7 @@ def test_index_of_a_converted_copy(tmp_path: Path) -> None:
     """diffusers reads it as it reads any other: every tensor is in the file that the index names."""
     path = tmp_path / "unet"
     unet().half().save_pretrained(path)
-    with in_float32(path) as directory:
+    with in_float32(read_checkpoint(path, STEM, "UNet2DModel")) as directory:
         places = json.loads((directory / "diffusion_pytorch_model.safetensors.index.json").read_text())["weight_map"]
         assert {name for file in set(places.values()) for name in load_file(directory / file)} == set(places)
 
