@@ -18,7 +18,7 @@ import numpy as np
 from mteo_deploy import waterfall
 from mteo_deploy.errors import MissingPackageError
 from mteo_deploy.files import write_atomic
-from mteo_deploy.text import in_html
+from mteo_deploy.text import in_html, one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -226,7 +226,7 @@ def sheet(report: Report, path: Path) -> None:
 
     def compose(figure: Figure) -> None:
         verdict = "verified" if report.passed else "NOT verified: " + ", ".join(c.name for c in report.checks if not c.passed)
-        figure.suptitle(f"{report.title}: {verdict}", color=INK if report.passed else "#a4161a", size=12, wrap=True)
+        figure.suptitle(one_line(f"{report.title}: {verdict}"), color=INK if report.passed else "#a4161a", size=12, wrap=True)
         for i, draw in enumerate(panels):
             draw(figure.add_subplot(rows, 2, i + 1))
 
