@@ -14,7 +14,7 @@ import math
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +25,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mteo_deploy import assets
 from mteo_deploy.errors import InputError, border
 from mteo_deploy.exporters.checkpoint import refuse_quantised
+from mteo_deploy.exporters.directory import INDEX, WAY_OUT, PipelineDirectory
 from mteo_deploy.exporters.lora import Lora, Loras
 from mteo_deploy.exporters.schedulers import noise_levels, scheduler_points
+from mteo_deploy.exporters.taken import check_fields, current_class
 from mteo_deploy.exporters.weights import SAVE_AGAIN, load_network, network_outline
 from mteo_deploy.hub import is_repository, license_of, model_directory
 from mteo_deploy.plan import Plan, compile_plan
@@ -91,7 +92,7 @@ class Adapter(ABC, torch.nn.Module):
     config: dict[str, Any]
     source: str = "given"
     license: str | None = None
-    pipeline: Path | None = None
+    pipeline: PipelineDirectory | None = None
     loras: Loras = Loras()
 
     @abstractmethod
@@ -159,8 +160,8 @@ class Adapter(ABC, torch.nn.Module):
             network = network_outline(cls.network_class, network_dir)
         return cls(network, scheduler_config)
 
-    def serve(self, pipeline: str) -> None:
-        """Take on what the name of the pipeline's class says beyond the network's configuration."""
+    def serve(self, pipeline: PipelineDirectory) -> None:
+        """Take on what the pipeline says beyond the network's configuration, such as the length of a prompt."""
 
     @abstractmethod
     def embeddings(self, timestep: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -285,11 +286,6 @@ def embeddings_at(
     return named if deltas is None else {name: one + deltas[name][index : index + 1] for name, one in named.items()}
 
 
-INDEX = "model_index.json"
-WAY_OUT = (
-    "pass a directory that a diffusers pipeline's `save_pretrained` wrote, ORG/NAME of the Hub, or the name of a packaged "
-    f"backbone: {', '.join(assets.backbones())}"
-)
 GROUP = "mteo_deploy.adapters"
 """Entry points of other packages' adapters: network class name -> ``package.module:Class``."""
 
@@ -314,16 +310,13 @@ def _named(spec: str) -> type[Adapter]:
     return found
 
 
-def _read_json(path: Path, what: str, way_out: str) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"expected {what} at {path}; found nothing there; {way_out}") from None
-    except (ValueError, OSError) as error:
-        raise InputError(f"expected {what} at {path}; it cannot be read ({error}); {way_out}") from None
-    if not isinstance(data, dict):
-        raise InputError(f"expected {what} at {path}; found another JSON value; {way_out}")
-    return data
+@dataclass(frozen=True)
+class _Options:
+    """How :func:`load_backbone` loads a network."""
+
+    weights: bool
+    loras: tuple[Lora, ...]
+    controlnet: bool
 
 
 def load_backbone(
@@ -334,6 +327,7 @@ def load_backbone(
     weights: bool = True,
     loras: Sequence[Lora] = (),
     controlnet: bool = False,
+    leave_out: Collection[str] = (),
 ) -> Adapter:
     """Load a backbone, frozen, in float32 on the CPU: the denoising network of a diffusers pipeline directory, or what an
     adapter of yours reads.
@@ -348,13 +342,16 @@ def load_backbone(
         weights: without them a diffusers network is on the meta device: its structure alone, whatever its size.
         loras: LoRA weights to fuse into it, in order.
         controlnet: take a ControlNet's residuals as request inputs.
+        leave_out: parts of the pipeline, and fields of its configurations, to go without.
 
     Raises:
-        InputError: for a directory that is no diffusers pipeline, a network class without an adapter, or LoRA weights that do
-            not fit.
+        InputError: for a directory that is no diffusers pipeline, a pipeline class that is not known to sample from noise with
+            its network and these request inputs alone (unless ``adapter`` answers for it), a network class without an adapter,
+            or LoRA weights that do not fit.
     """
     cls = None if adapter is None else _named(adapter)
-    source, model = str(model) if is_repository(model) else model.name, model_directory(model)
+    source = str(model) if is_repository(model) else Path(os.path.abspath(model)).name or str(model)
+    model = model_directory(model)
     if not model.is_dir() and (cls is None or not model.exists()):
         raise InputError(
             f"expected a diffusers pipeline directory at {model}; found {'a file' if model.exists() else 'nothing'}; {WAY_OUT}"
@@ -364,9 +361,12 @@ def load_backbone(
         raise InputError(
             f"expected --lora with a diffusers pipeline directory, whose loader reads it; {model} is none; leave it out"
         )
-    found = cls.load(model, {}) if cls is not None and own else _load_part(cls, model, weights, tuple(loras))
+    if cls is not None and own:
+        found = cls.load(model, {})
+    else:
+        options = _Options(weights, tuple(loras), controlnet)
+        found = _load_part(cls, PipelineDirectory.read(model, leave_out), options)
     found.source, found.license = source, license_of(model)
-    found.pipeline = None if own else model
     found.set_size(*(size or found.sample_shape[-2:]))
     if tokens is not None and tokens < 1:
         raise InputError(f"expected --tokens of 1 or more; found {tokens}")
@@ -377,35 +377,46 @@ def load_backbone(
     return found.requires_grad_(False).eval()
 
 
-def _parts(index: dict[str, Any]) -> dict[str, Any]:
-    return {name: entry[1] for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
-
-
-def pipeline_parts(model: Path) -> dict[str, str]:
-    """Parts of a pipeline directory by name -> class, as its index lists them and as far as they are there."""
-    parts = _parts(_read_json(model / INDEX, "a diffusers pipeline's model_index.json", WAY_OUT))
-    return {name: str(part) for name, part in parts.items() if part and (model / name).is_dir()}
-
-
-def _load_part(cls: type[Adapter] | None, model: Path, weights: bool, loras: tuple[Lora, ...]) -> Adapter:
+def _load_part(cls: type[Adapter] | None, directory: PipelineDirectory, options: _Options) -> Adapter:
     """The network of a pipeline directory that ``cls`` serves, LoRA weights fused; None: the first that any adapter serves."""
-    index = _read_json(model / INDEX, "a diffusers pipeline's model_index.json", WAY_OUT)
-    parts = _parts(index)
     known, others = (families(), _registered()) if cls is None else ({cls.family: cls}, {})
-    network = next((name for name, part in parts.items() if part in known or part in others), None)
+    classes = {name: directory.current_class(name) for name in directory.parts}
+    order = sorted(classes, key=lambda name: directory.kind is None or name != directory.kind.network)
+    network = next((name for name in order if classes[name] in known or classes[name] in others), None)
     if network is None:
-        found = ", ".join(f"{name}: {part}" for name, part in parts.items() if part) or "no networks"
+        found = ", ".join(f"{name}: {part}" for name, part in classes.items()) or "no networks"
         raise InputError(
-            f"expected a backbone of class {', '.join([*known, *others])}; {model} has {found}; name an adapter of its own "
-            "with --adapter package.module:Class"
+            f"expected a backbone of class {', '.join([*known, *others])}; {directory.path} has {found}; name an adapter of "
+            "its own with --adapter package.module:Class"
         )
-    chosen = known[parts[network]] if parts[network] in known else _named(others[parts[network]])
-    scheduler = _read_json(model / "scheduler" / "scheduler_config.json", "the noise schedule", WAY_OUT)
-    adapter = (chosen.load if weights else chosen.outline)(model / network, scheduler)
-    adapter.serve(str(index.get("_class_name")))
-    adapter.loras = Loras(str(index.get("_class_name")), loras)
+    family = classes[network]
+    chosen = known[family] if family in known else _named(others[family])
+    if cls is None and family in known:
+        directory.check_class(network, family, f"{chosen.__module__}:{chosen.__name__}", options.controlnet)
+    else:
+        directory = directory.answered_for(network, family)
+    directory.check_rest()
+    _check_network(chosen, directory, network)
+    adapter = (chosen.load if options.weights else chosen.outline)(directory.directory(network), directory.scheduler())
+    adapter.pipeline = directory
+    if size := directory.own_size():
+        adapter.sample_shape = (*adapter.sample_shape[:-2], size, size)
+    adapter.serve(directory)
+    adapter.loras = Loras(directory.cls, options.loras)
     adapter.loras.fuse_network(network, adapter.network)
     return adapter
+
+
+def _check_network(cls: type[Adapter], directory: PipelineDirectory, network: str) -> None:
+    """Refuse a network whose configuration is of another class than the index says, or says more than its class takes."""
+    config, path = directory.config(network), directory.directory(network) / "config.json"
+    named = config.get("_class_name")
+    if isinstance(named, str) and current_class(named, config) != directory.current_class(network):
+        raise InputError(
+            f"expected a {directory.current_class(network)} in {path}, as {INDEX} says; found {named}; correct one of them"
+        )
+    if hasattr(cls, "network_class"):
+        check_fields(cls.network_class, config, str(path), directory.leave_out)
 
 
 def site_dict(sites: Sequence[Site]) -> dict[str, int]:

@@ -44,8 +44,8 @@ def choose(
         chosen = embeddings
     elif embeddings is not None:
         chosen = EmbeddingSet.load(embeddings)
-    elif adapter.pipeline is not None and assets.embedding_sets(adapter.pipeline):
-        chosen = EmbeddingSet.load(assets.embeddings(4 if steps is None else steps, solver, adapter.pipeline))
+    elif adapter.pipeline is not None and assets.embedding_sets(adapter.pipeline.path):
+        chosen = EmbeddingSet.load(assets.embeddings(4 if steps is None else steps, solver, adapter.pipeline.path))
     else:
         raise InputError(
             f"expected an embedding set for {model}; pass --embeddings FILE, make one with: mteo-deploy distill --model "

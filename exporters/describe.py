@@ -110,7 +110,8 @@ def describe(adapter: Adapter) -> dict[str, Any]:
     """A backbone in plain data.
 
     Returns:
-        ``family``, ``source``, ``loras``, ``parameters``; ``baking``: how many of them are ``removed``, used once per request
+        ``family``, ``source``, ``loras``, ``parameters``; ``pipeline``, its class and whether that was checked, and which of
+        its parts are ``left_out`` of a bundle, and why; ``baking``: how many of them are ``removed``, used once per request
         (``prelude``), and left in the ``steps``, or why that is ``unknown``; ``sites`` with their widths, and how many
         ``pretrained`` embeddings they share; ``requests``; ``prediction_type`` and ``levels``, the noise (flow matching: time)
         that sampling runs through; ``sample_shape``, and what other ``sizes`` are multiples of, ``fixed`` by export or left
@@ -123,6 +124,8 @@ def describe(adapter: Adapter) -> dict[str, Any]:
         "kind": "backbone",
         "family": adapter.family,
         "source": adapter.source,
+        "pipeline": None if adapter.pipeline is None else adapter.pipeline.to_json(),
+        "left_out": {} if adapter.pipeline is None else adapter.pipeline.left_out(),
         "loras": adapter.loras.to_json(),
         "parameters": adapter.parameter_count,
         "baking": _counts(adapter),

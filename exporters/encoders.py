@@ -15,14 +15,13 @@ import torch
 
 from mteo_deploy.prompts import Template
 
-CLIP_TOKENS = 77
 SEEING = ("Qwen2_5_VLForConditionalGeneration",)
 """Encoders that take images too: their language model alone is used."""
 Tensors = Sequence[torch.Tensor]
 Outputs = tuple[torch.Tensor, ...]
 
 
-def _clip(encoders: Any, ids: Tensors, masks: Tensors) -> Outputs:
+def clip(encoders: Any, ids: Tensors, masks: Tensors) -> Outputs:
     return (encoders[0](ids[0]).last_hidden_state,)
 
 
@@ -131,7 +130,7 @@ class Kind:
         masked: the encoders see the masks.
         templates: from the tokenizer, what is put around a prompt, and what is kept of it.
         padded_at_end: whatever the tokenizer is stored with.
-        others: tokens of the length of a prompt that CLIP gives before the last encoder's.
+        behind: a prompt is the tokens of CLIP, and the last encoder's behind them.
         filled: the first output is as large as the backbone takes it by zeros behind it.
         zeros: no negative prompt means zeros, unless the pipeline's index says otherwise.
     """
@@ -144,13 +143,18 @@ class Kind:
     masked: bool = False
     templates: Callable[[Any], Templates] = _plain
     padded_at_end: bool = False
-    others: int = 0
+    behind: bool = False
     filled: bool = False
     zeros: bool = False
 
-    def lengths(self, tokens: int) -> list[int]:
-        """Tokens of each encoder, where a prompt of the backbone has so many; without what a template adds."""
-        return [CLIP_TOKENS if cls.startswith("CLIP") else tokens - self.others for cls in self.encoders.values()]
+    def lengths(self, tokens: int, own: Sequence[int]) -> list[int]:
+        """Tokens of each encoder, where a prompt of the backbone has so many; without what a template adds.
+
+        Args:
+            own: what each takes, if it is one of CLIP's.
+        """
+        others = tokens - own[0] if self.behind else tokens
+        return [length if cls.startswith("CLIP") else others for cls, length in zip(self.encoders.values(), own, strict=True)]
 
 
 T5 = {"text_encoder": "T5EncoderModel"}
@@ -159,7 +163,7 @@ PAIR = {"text_encoder": "CLIPTextModelWithProjection", "text_encoder_2": "CLIPTe
 POOLED = ("encoder_hidden_states", "pooled_projections")
 
 KINDS = (
-    Kind("UNet2DConditionModel", {"text_encoder": "CLIPTextModel"}, _clip),
+    Kind("UNet2DConditionModel", {"text_encoder": "CLIPTextModel"}, clip),
     Kind(
         "UNet2DConditionModel",
         {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"},
@@ -168,7 +172,7 @@ KINDS = (
         zeros=True,
     ),
     Kind("PixArtTransformer2DModel", T5, _t5_masked, mask=MASK, masked=True, templates=_lowered),
-    Kind("SD3Transformer2DModel", {**PAIR, "text_encoder_3": "T5EncoderModel"}, _sd3, POOLED, others=CLIP_TOKENS),
+    Kind("SD3Transformer2DModel", {**PAIR, "text_encoder_3": "T5EncoderModel"}, _sd3, POOLED, behind=True),
     Kind("SD3Transformer2DModel", PAIR, _sd3_without_t5, POOLED, filled=True),
     Kind("FluxTransformer2DModel", {"text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel"}, _flux, POOLED),
     Kind("CogVideoXTransformer3DModel", T5, _t5),

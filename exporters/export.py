@@ -56,6 +56,7 @@ def _manifest(
             "license": adapter.license,
             "family": adapter.family,
             "fingerprint": embeddings.backbone,
+            "pipeline": None if adapter.pipeline is None else adapter.pipeline.to_json(),
             "loras": adapter.loras.to_json(),
             "parameters": adapter.parameter_count,
             "sample_shape": list(adapter.sample_shape),
@@ -113,6 +114,8 @@ def export(
     max_error: float | None = None,
     full_range: bool = False,
     engine: str | None = None,
+    leave_out: Sequence[str] = (),
+    latents: bool = False,
     quiet: bool = False,
 ) -> Bundle:
     """Bake an embedding set into per-evaluation ONNX graphs and write a bundle.
@@ -150,6 +153,8 @@ def export(
         engine: for int8 and fp8, the engine in which the time that each layer saves is measured
             (:mod:`mteo_deploy.exporters.timing`): layers that save none are left in float32, and ``max_error`` is met at the
             least time. None for operations in the place of time, and every layer quantised.
+        leave_out: parts of the pipeline, and fields of its configurations, to go without, where ``model`` is a directory.
+        latents: leave the pipeline's VAE out: the bundle's samples are latents.
 
     Returns:
         The bundle, opened.
@@ -180,7 +185,9 @@ def export(
         embeddings = Path(embeddings)
     if model is None and embeddings is None and not plain:
         assets.embeddings(4 if steps is None else steps, solver)  # a clear error before the model is loaded
-    adapter = model if isinstance(model, Adapter) else load_backbone(assets.MODEL if model is None else model)
+    if isinstance(model, Adapter) and leave_out:
+        raise InputError("expected leave_out with a directory; found a backbone; give it to load_backbone")
+    adapter = model if isinstance(model, Adapter) else load_backbone(model or assets.MODEL, leave_out=leave_out)
     name = adapter.source if isinstance(model, Adapter) else model
     chosen = choose(name, embeddings, steps, solver, schedule, plain, adapter)
     learned_against, kept = chosen.precision
@@ -189,7 +196,7 @@ def export(
     adapter = guided(adapter, *guidance_of(chosen, plain, guidance_scale, null_class))
     sites: Mapping[str, int] = site_dict(adapter.sites)
     chosen.check(adapter.fingerprint(), sites)
-    pipeline = load_pipeline(adapter, tile)
+    pipeline = load_pipeline(adapter, tile, latents)
     clock = time.monotonic()
     with reporter(quiet) as report, whole_directory(output, replace=MANIFEST) as directory:
 

@@ -20,8 +20,8 @@ from mteo_deploy.requests import Request
 SIZE = 128
 """Of the latents: FLUX's configuration names none, its pipeline draws 1024x1024 pixels."""
 
-DEV_TOKENS, SCHNELL_TOKENS = 512, 256
-"""Longest prompt of each in T5's tokens."""
+TOKENS = 512
+"""Of T5: the pipeline's own default. FLUX.1-schnell was trained with 256, which ``--tokens`` says."""
 
 GUIDANCE = 3.5
 """Of FLUX.1-dev, where nobody says another: the pipeline's own default."""
@@ -45,7 +45,7 @@ class FluxAdapter(ModulatedAdapter):
                 f"{network.out_channels} output channels, patch_size {config.patch_size}, not supported yet"
             )
         self.sample_shape = (int(config.in_channels) // 4, SIZE, SIZE)
-        self.set_tokens(DEV_TOKENS if config.guidance_embeds else SCHNELL_TOKENS)
+        self.set_tokens(TOKENS)
         self.set_size(SIZE, SIZE)
 
     def set_tokens(self, tokens: int) -> None:

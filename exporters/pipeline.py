@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from mteo_deploy.decoding import check_tile, decode_in_tiles
 from mteo_deploy.errors import InputError
-from mteo_deploy.exporters.base import Adapter, pipeline_parts
+from mteo_deploy.exporters.base import Adapter
 from mteo_deploy.exporters.decoder import CLASSES, Decoder, load_decoder
+from mteo_deploy.exporters.directory import DECODERS
 from mteo_deploy.exporters.text import TextEncoder, load_text_encoder
 from mteo_deploy.exporters.trace import trace_decoder, trace_text_encoder
 
@@ -27,7 +28,8 @@ class Pipeline:
         decoder: of its VAE; None for a pipeline that has none, or one left out.
         text_encoder: of its prompts; None likewise.
         tile: height and width of the tiles of latents that the decoder gets of larger images; None: it gets whole ones.
-        left_out: what a bundle has not, though the pipeline's index names it, ``decoder`` or ``text encoder`` -> why.
+        left_out: what a bundle has not, though the pipeline's index names it, ``decoder``, ``text encoder`` or the name of
+            another part -> why.
     """
 
     decoder: Decoder | None = None
@@ -69,29 +71,41 @@ class Pipeline:
         return torch.from_numpy(decode_in_tiles(decode, latents.numpy(), self.tile, decoder.to_json()["scale"]))
 
 
-def load_pipeline(adapter: Adapter, tile: int | None = None) -> Pipeline:
+def load_pipeline(adapter: Adapter, tile: int | None = None, latents: bool = False) -> Pipeline:
     """The other parts of the pipeline that a backbone was loaded from; none, for one that is of no pipeline.
 
     Args:
         tile: of latents, for a decoder that gets larger images in tiles.
+        latents: the bundle gives latents: the pipeline's VAE is left out.
 
     Raises:
-        InputError: for a part that is there and does not fit, or a tile where there is no decoder.
+        InputError: for a part that is there and does not fit, a VAE that is not supported, unless it is left out, or a tile
+            where there is no decoder.
     """
-    decoder, text = _decoder(adapter), load_text_encoder(adapter)
+    decoder, text = _decoder(adapter, latents), load_text_encoder(adapter)
     reasons = {name: part for name, part in (("decoder", decoder), ("text encoder", text)) if isinstance(part, str)}
     if tile is not None and not isinstance(decoder, Decoder):
         raise InputError(f"expected --tile with a pipeline whose VAE is decoded; {adapter.source} has none; leave it out")
     if tile is not None:
         check_tile(tile)
     texts = text if isinstance(text, TextEncoder) else None
-    return Pipeline(decoder if isinstance(decoder, Decoder) else None, texts, tile, reasons)
+    others = {} if adapter.pipeline is None else adapter.pipeline.left_out()
+    return Pipeline(decoder if isinstance(decoder, Decoder) else None, texts, tile, reasons | others)
 
 
-def _decoder(adapter: Adapter) -> Decoder | str | None:
-    vae = None if adapter.pipeline is None else pipeline_parts(adapter.pipeline).get("vae")
-    if adapter.pipeline is None or vae is None:
+def _decoder(adapter: Adapter, latents: bool) -> Decoder | str | None:
+    """The pipeline's decoder; why it has none, where it is left out; None for a pipeline whose samples need none."""
+    pipeline = adapter.pipeline
+    part = None if pipeline is None else next((name for name in DECODERS if name in pipeline.parts), None)
+    if pipeline is None or part is None:
         return None
-    if vae not in CLASSES:
-        return f"a VAE of class {vae} is not supported, {' and '.join(CLASSES)} are"
-    return load_decoder(adapter.pipeline / "vae", vae, adapter.sample_shape[0])
+    cls, where = pipeline.parts[part][1], pipeline.path / part
+    if latents or part in pipeline.leave_out:
+        return f"the {part} ({cls}) was left out with {'--latents' if latents else '--leave-out'}: samples are latents"
+    if cls not in CLASSES or not where.is_dir():
+        found = f"a {cls}" if where.is_dir() else f"no directory {where}, though model_index.json names one"
+        raise InputError(
+            f"expected a {part} of class {' or '.join(CLASSES)}, which decodes the samples; found {found}; for a bundle that gives "
+            "latents pass --latents to export"
+        )
+    return load_decoder(where, cls, adapter.sample_shape[0], None if pipeline.kind is None else pipeline.kind.latents)

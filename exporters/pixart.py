@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from diffusers import PixArtTransformer2DModel
 
+from mteo_deploy.exporters.directory import PipelineDirectory
 from mteo_deploy.exporters.shared_projection import SharedProjectionAdapter
 from mteo_deploy.requests import Request
 
@@ -42,8 +43,8 @@ class PixArtAdapter(SharedProjectionAdapter):
         self.set_tokens(ALPHA_TOKENS)
         self.set_size(size, size)
 
-    def serve(self, pipeline: str) -> None:
-        if "Sigma" in pipeline:
+    def serve(self, pipeline: PipelineDirectory) -> None:
+        if pipeline.cls == "PixArtSigmaPipeline":
             self.set_tokens(SIGMA_TOKENS)
 
     def set_tokens(self, tokens: int) -> None:

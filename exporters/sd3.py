@@ -8,10 +8,11 @@ import torch
 from diffusers import SD3Transformer2DModel
 
 from mteo_deploy.errors import InputError
+from mteo_deploy.exporters.directory import CLIP_TOKENS, PipelineDirectory
 from mteo_deploy.exporters.modulated import ModulatedAdapter
 
-TOKENS = 77 + 256
-"""Length of a prompt: the CLIP encoders' tokens, then T5's."""
+T5_TOKENS = 256
+"""Of T5, behind those of the CLIP encoders: the pipeline's own default."""
 
 
 class SD3Adapter(ModulatedAdapter):
@@ -31,8 +32,11 @@ class SD3Adapter(ModulatedAdapter):
             )
         self.patch_size = self.fixed_multiple = int(config.patch_size)
         self.sample_shape = (int(config.in_channels), size, size)
-        self.set_tokens(TOKENS)
+        self.set_tokens(CLIP_TOKENS + T5_TOKENS)
         self.set_size(size, size)
+
+    def serve(self, pipeline: PipelineDirectory) -> None:
+        self.set_tokens(pipeline.prompt_length() + T5_TOKENS)
 
     def set_size(self, height: int, width: int) -> None:
         largest = self.patch_size * int(self.network.config.pos_embed_max_size)

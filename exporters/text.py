@@ -5,8 +5,7 @@ What each kind of pipeline does with them is a row of :data:`mteo_deploy.exporte
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,13 @@ import torch
 from numpy.typing import NDArray
 
 from mteo_deploy.errors import InputError, border
-from mteo_deploy.exporters.base import INDEX, Adapter, pipeline_parts
+from mteo_deploy.exporters.base import Adapter
 from mteo_deploy.exporters.checkpoint import read_checkpoint
-from mteo_deploy.exporters.encoders import KINDS, SEEING, Kind, supported
+from mteo_deploy.exporters.directory import PipelineDirectory
+from mteo_deploy.exporters.encoders import KINDS, SEEING, Kind, clip, supported
 from mteo_deploy.exporters.tokenizer import fit, load_tokenizer
 from mteo_deploy.exporters.weights import SAVE_AGAIN, check_loaded, check_report
 from mteo_deploy.prompts import Arrays, encode, request_inputs, tokenise
-from mteo_deploy.requests import Request
 from mteo_deploy.text import read_text, text_lines
 
 OTHER_HALVES = {
@@ -46,6 +45,7 @@ class TextEncoder(torch.nn.Module):
         kind: of pipeline.
         encoders: of ``transformers``, in the kind's order.
         tokenizers: for each, of ``tokenizers``; they are made to pad to its length.
+        lengths: of each in tokens, without what a template adds.
         prompt: shape of the backbone's prompt, ``(tokens, width)``.
         scale: pixels to a latent, for backbones that are told sizes.
         zero_negative: no negative prompt means zeros, and not an empty one.
@@ -56,6 +56,7 @@ class TextEncoder(torch.nn.Module):
         kind: Kind,
         encoders: Sequence[Any],
         tokenizers: Sequence[Any],
+        lengths: Sequence[int],
         prompt: tuple[int, ...],
         scale: int,
         zero_negative: bool,
@@ -65,7 +66,7 @@ class TextEncoder(torch.nn.Module):
         self.kind, self.tokenizers = kind, list(tokenizers)
         self.prompt, self.scale, self.zero_negative = prompt, scale, zero_negative
         self.templates = kind.templates(tokenizers[0])
-        self.lengths = [length + max(one.skip for one in self.templates) for length in kind.lengths(prompt[0])]
+        self.lengths = [length + max(one.skip for one in self.templates) for length in lengths]
         for tokenizer, length in zip(tokenizers, self.lengths, strict=True):
             fit(tokenizer, length, kind.padded_at_end)
         numbers = ["", *(f"_{i + 1}" for i in range(1, len(encoders)))]
@@ -128,31 +129,43 @@ def load_text_encoder(adapter: Adapter) -> TextEncoder | str | None:
     Raises:
         InputError: for encoders or tokenizers that are there and do not fit.
     """
-    parts = {} if adapter.pipeline is None else pipeline_parts(adapter.pipeline)
-    found = {name: part for name, part in parts.items() if name.startswith("text_encoder")}
-    if adapter.pipeline is None or not found:
+    pipeline = adapter.pipeline
+    listed = [] if pipeline is None else [name for name in pipeline.parts if name.startswith("text_encoder")]
+    if pipeline is None or not listed:
         return None
+    classes = pipeline.classes()
+    found = {name: classes[name] for name in listed if name in classes}
+    if not found:
+        left = all(name in pipeline.leave_out for name in listed)
+        return "left out with --leave-out" if left else f"{pipeline.path} has no directory {' or '.join(listed)}"
     kind = next((kind for kind in KINDS if kind.family == adapter.family and kind.encoders == found), None)
     if kind is None:
         named = ", ".join(f"{name}: {part}" for name, part in found.items())
         return f"text encoders {named} are not supported for {adapter.family}, which may have {supported(adapter.family)}"
+    if kind.join is clip and pipeline.config("text_encoder").get("use_attention_mask"):
+        return "a text encoder with use_attention_mask is not supported"
     if (missing := _package()) is not None:
         return missing
-    made = _load(kind, adapter, adapter.pipeline, parts)
-    _check(made, adapter.requests)
+    made = _load(kind, adapter, pipeline, classes)
+    _check(made, adapter)
     return made
 
 
-def _load(kind: Kind, adapter: Adapter, pipeline: Path, parts: dict[str, str]) -> TextEncoder:
+def _load(kind: Kind, adapter: Adapter, pipeline: PipelineDirectory, classes: Mapping[str, str]) -> TextEncoder:
     prompt = next(request.shape for request in adapter.requests if request.name == kind.outputs[0])
-    names = [name.replace("text_encoder", "tokenizer") for name in kind.encoders]
-    tokenizers = [load_tokenizer(pipeline / name, parts.get(name, "AutoTokenizer")) for name in names]
-    encoders = [_encoder(pipeline / name, part) for name, part in kind.encoders.items()]
+    numbers = [name.removeprefix("text_encoder") for name in kind.encoders]
+    lengths = kind.lengths(prompt[0], [pipeline.prompt_length(number) for number in numbers])
+    if min(lengths) < 1:
+        raise InputError(
+            f"expected --tokens above the {prompt[0] - lengths[-1]} of the pipeline's CLIP encoders; found {prompt[0]}"
+        )
+    names = [f"tokenizer{number}" for number in numbers]
+    tokenizers = [load_tokenizer(pipeline.path / name, classes.get(name, "AutoTokenizer")) for name in names]
+    encoders = [_encoder(pipeline.path / name, part) for name, part in kind.encoders.items()]
     for name, encoder in zip(kind.encoders, encoders, strict=True):
         adapter.loras.fuse_text_encoder(name, encoder)
-    index = json.loads((pipeline / INDEX).read_text(encoding="utf-8"))
-    zeros = kind.zeros and bool(index.get("force_zeros_for_empty_prompt", True))
-    return TextEncoder(kind, encoders, tokenizers, prompt, _scale(pipeline), zeros)
+    zeros = kind.zeros and bool(pipeline.fields.get("force_zeros_for_empty_prompt", True))
+    return TextEncoder(kind, encoders, tokenizers, lengths, prompt, _scale(pipeline), zeros)
 
 
 def _package() -> str | None:
@@ -199,19 +212,25 @@ def _quietly() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _scale(pipeline: Path) -> int:
-    config = pipeline / "vae" / "config.json"
-    levels = json.loads(config.read_text(encoding="utf-8")).get("block_out_channels") if config.is_file() else None
+def _scale(pipeline: PipelineDirectory) -> int:
+    levels = pipeline.config("vae").get("block_out_channels") if (pipeline.path / "vae").is_dir() else None
     return 2 ** (len(levels) - 1) if levels else VAE_SCALE
 
 
-def _check(encoder: TextEncoder, requests: Sequence[Request]) -> None:
-    shapes = {request.name: request.shape for request in requests}
+def _check(encoder: TextEncoder, adapter: Adapter) -> None:
+    """Refuse encoders whose outputs are not what the backbone takes."""
+    leave_out = " ".join(f"--leave-out {name}" for name in encoder.kind.encoders)
+    if len({n for n, cls in zip(encoder.lengths, encoder.kind.encoders.values(), strict=True) if cls.startswith("CLIP")}) > 1:
+        raise InputError(
+            f"expected CLIP text encoders of one length; found {encoder.lengths} tokens; correct model_max_length in the "
+            f"tokenizers' tokenizer_config.json, or pass {leave_out} for a bundle without prompts"
+        )
+    shapes = {request.name: request.shape for request in adapter.requests}
     for name, values in encoder.encode([""]).items():
         if values.shape[1:] != shapes[name]:
             raise InputError(
                 f"expected text encoders that give {name} of {list(shapes[name])}, as the backbone takes; found "
-                f"{list(values.shape[1:])}; take them out of model_index.json for a bundle without prompts"
+                f"{list(values.shape[1:])}; pass {leave_out} for a bundle without prompts"
             )
 
 

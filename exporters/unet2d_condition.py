@@ -16,33 +16,32 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from mteo_deploy.errors import InputError
+from mteo_deploy.exporters.directory import CLIP_TOKENS, PipelineDirectory
 from mteo_deploy.exporters.unet2d import UNetAdapter
 from mteo_deploy.requests import Request
-
-TOKENS = 77
-"""Length of a prompt in CLIP's text encoders, padded."""
 
 RESIDUAL = "block_additional_residual"
 """In the names of a ControlNet's residuals, after diffusers' arguments: ``down_..._0``, ``mid_...``."""
 
-TIME_IDS = 6
-"""SDXL: original size, crop and target size, two numbers each."""
+TIME_IDS, REFINER_TIME_IDS = 6, 5
+"""SDXL: original size, crop and target size, two numbers each; its refiner has an aesthetic score in place of the last two."""
 
 
 class UNet2DConditionAdapter(UNetAdapter):
-    """``UNet2DConditionModel`` with a prompt of 77 tokens; with pooled text and sizes where it takes them (``text_time``).
+    """``UNet2DConditionModel`` with a prompt, of the length that the pipeline's tokenizer pads to; with pooled text and sizes
+    where it takes them (``text_time``).
 
-    Request inputs: ``encoder_hidden_states`` ``[77, cross_attention_dim]``; for SDXL ``text_embeds`` ``[width]`` and
-    ``time_ids`` ``[6]``; with a ControlNet ``down_block_additional_residual_0`` ... and ``mid_block_additional_residual``, each
+    Request inputs: ``encoder_hidden_states`` ``[tokens, cross_attention_dim]``; for SDXL ``text_embeds`` ``[width]`` and
+    ``time_ids`` ``[6]`` (its refiner ``[5]``); with a ControlNet ``down_block_additional_residual_0`` ... and ``mid_block_additional_residual``, each
     as the network has it at the states' size. They are the same at every evaluation and for both branches of guidance.
     """
 
     family = "UNet2DConditionModel"
     network_class = UNet2DConditionModel
     network: UNet2DConditionModel
-    tokens = TOKENS
     negatives: Mapping[str, int | None] = MappingProxyType({"time_ids": None})
     residuals: tuple[Request, ...] = ()
+    time_ids = TIME_IDS
 
     def __init__(self, network: UNet2DConditionModel, scheduler_config: dict[str, Any]) -> None:
         super().__init__(network, scheduler_config)
@@ -62,14 +61,24 @@ class UNet2DConditionAdapter(UNetAdapter):
                 f"expected a text-to-image UNet2DConditionModel (Stable Diffusion 1, 2, SDXL); found {', '.join(refused)}, "
                 "not supported yet"
             )
-        self.requests = (Request("encoder_hidden_states", "float32", (TOKENS, int(config.cross_attention_dim))),)
         if config.addition_embed_type is not None:
             self.silence(network.time_embedding)
+        self.set_tokens(CLIP_TOKENS)
+
+    def serve(self, pipeline: PipelineDirectory) -> None:
+        self.time_ids = REFINER_TIME_IDS if pipeline.fields.get("requires_aesthetics_score") else TIME_IDS
+        self.set_tokens(pipeline.prompt_length())
+
+    def set_tokens(self, tokens: int) -> None:
+        self.tokens, config = tokens, self.network.config
+        self.requests = (Request("encoder_hidden_states", "float32", (tokens, int(config.cross_attention_dim))),)
+        if config.addition_embed_type is not None:
             self.requests += self._pooled()
 
     def _pooled(self) -> tuple[Request, Request]:
-        width = self.network.add_embedding.linear_1.in_features - TIME_IDS * int(self.network.config.addition_time_embed_dim)
-        return Request("text_embeds", "float32", (width,)), Request("time_ids", "float32", (TIME_IDS,))
+        sizes = self.time_ids * int(self.network.config.addition_time_embed_dim)
+        width = self.network.add_embedding.linear_1.in_features - sizes
+        return Request("text_embeds", "float32", (width,)), Request("time_ids", "float32", (self.time_ids,))
 
     def take_residuals(self) -> None:
         """Take a ControlNet's residuals as request inputs; the size of the states is then fixed."""

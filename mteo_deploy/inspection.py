@@ -111,6 +111,7 @@ def inspect(path: Path | str) -> dict[str, Any]:
         "requests": [request.to_json() for request in bundle.requests],
         "decoder": bundle.decoder,
         "text_encoder": bundle.text_encoder,
+        "left_out": manifest.get("left_out", {}),
         "plan": _plan(bundle.plan, bundle.plain_plan),
         "compiler": manifest["compiler"],
         "files": {name: entry["bytes"] for name, entry in manifest["files"].items()},

@@ -18,6 +18,7 @@ from mteo_deploy.distillation import Recipe
 from mteo_deploy.distillation.student import Student
 from mteo_deploy.distillation.training import recomputing
 from mteo_deploy.exporters.base import Adapter
+from mteo_deploy.exporters.taken import taken
 from mteo_deploy.plan import Plan
 from mteo_deploy.sampler import Sampler, noise_for
 
@@ -37,7 +38,8 @@ def save_pipeline(path: Path, network: Any, scheduler: Any, folder: str = "trans
     scheduler.save_pretrained(path / "scheduler")
     parts = {folder: network, "scheduler": scheduler}
     index = {name: ["diffusers", type(part).__name__] for name, part in parts.items()}
-    (path / "model_index.json").write_text(json.dumps({"_class_name": "DiffusionPipeline", **index}))
+    pipeline, *_ = taken(type(network).__name__)
+    (path / "model_index.json").write_text(json.dumps({"_class_name": pipeline, **index}))
     return path
 
 

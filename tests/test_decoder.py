@@ -24,6 +24,7 @@ from mteo_deploy.exporters.base import load_backbone
 from mteo_deploy.exporters.decoder import Decoder
 from mteo_deploy.exporters.evaluate import evaluate
 from mteo_deploy.exporters.pipeline import load_pipeline
+from mteo_deploy.exporters.taken import SCALED, SHIFTED
 from mteo_deploy.exporters.trace import trace_decoder
 from mteo_deploy.inspection import inspect
 from mteo_deploy.sampler import Sampler
@@ -48,7 +49,7 @@ def vae(model: Path) -> AutoencoderKL:
 def images_of(vae: AutoencoderKL, latents: np.ndarray) -> np.ndarray:
     """As diffusers' pipelines decode."""
     with torch.no_grad():
-        scaled = torch.from_numpy(latents) / vae.config.scaling_factor + vae.config.shift_factor
+        scaled = torch.from_numpy(latents) / vae.config.scaling_factor  # Stable Diffusion has no shift_factor
         return np.asarray(vae.decode(scaled).sample)
 
 
@@ -165,14 +166,22 @@ def test_what_does_not_fit(model: Path, tmp_path: Path) -> None:
     shutil.copytree(model, tmp_path / "pipeline")
     index = tmp_path / "pipeline" / "model_index.json"
     edit_json(index, lambda found: found["vae"].__setitem__(1, "AutoencoderDC"))
-    assert "AutoencoderDC is not supported" in load_pipeline(load_backbone(tmp_path / "pipeline")).left_out["decoder"]
+    adapter = load_backbone(tmp_path / "pipeline")
+    with pytest.raises(InputError, match=r"AutoencoderKL or AutoencoderTiny.*found a AutoencoderDC.*--latents"):
+        load_pipeline(adapter)
+    assert "the vae (AutoencoderDC) was left out with --latents" in load_pipeline(adapter, latents=True).left_out["decoder"]
     edit_json(index, lambda found: found["vae"].__setitem__(1, "AutoencoderKL"))
     add_part(tmp_path / "pipeline", "vae", random_vae(latent_channels=4))
-    with pytest.raises(InputError, match=r"expected a VAE of 2 latent channels.*has 4.*model_index"):
+    with pytest.raises(InputError, match=r"expected a VAE of 2 latent channels.*has 4.*--latents"):
+        load_pipeline(load_backbone(tmp_path / "pipeline"))
+    edit_json(tmp_path / "pipeline" / "vae" / "config.json", lambda config: config.update(decoder_type="wide"))
+    with pytest.raises(InputError, match=r"vae/config.json; found decoder_type 'wide'"):
         load_pipeline(load_backbone(tmp_path / "pipeline"))
     shutil.rmtree(tmp_path / "pipeline" / "vae")  # a backbone alone, with the index of the whole
-    found = load_pipeline(load_backbone(tmp_path / "pipeline"))
-    assert found.decoder is None and not found.left_out
+    with pytest.raises(InputError, match=r"no directory .*vae, though model_index.json names one.*--latents"):
+        load_pipeline(load_backbone(tmp_path / "pipeline"))
+    found = load_pipeline(load_backbone(tmp_path / "pipeline", leave_out=["vae"]))
+    assert found.decoder is None and "with --leave-out" in found.left_out["decoder"]
 
 
 def test_tiny_autoencoder_and_means_per_channel() -> None:
@@ -186,6 +195,10 @@ def test_tiny_autoencoder_and_means_per_channel() -> None:
         vae = random_vae(shift_factor=None, latents_mean=(0.1, -0.2), latents_std=(0.7, 1.3)).eval()
         mean, std = (torch.tensor(values).reshape(1, 2, 1, 1) for values in ((0.1, -0.2), (0.7, 1.3)))
         torch.testing.assert_close(Decoder(vae)(latents), vae.decode(latents * std / 0.5 + mean).sample)
+        torch.testing.assert_close(Decoder(vae, SCALED)(latents), vae.decode(latents / 0.5).sample)  # what StableDiffusion does
+        shifted = random_vae().eval()
+        torch.testing.assert_close(Decoder(shifted, SHIFTED)(latents), shifted.decode(latents / 0.5 + 0.1).sample)
+        torch.testing.assert_close(Decoder(shifted, SCALED)(latents), shifted.decode(latents / 0.5).sample)
 
 
 def tiled(vae: AutoencoderKL, latents: np.ndarray, tile: int) -> np.ndarray:

@@ -149,6 +149,9 @@ def test_other_text_encoders_are_left_out(pipeline_model: Path, tmp_path: Path) 
     with pytest.raises(InputError, match=r"expected a tokenizer .* in .*; found none"):
         load_text_encoder(load_backbone(model))
     shutil.rmtree(model / "text_encoder")
+    assert "no directory text_encoder" in str(load_text_encoder(load_backbone(model)))
+    assert load_text_encoder(load_backbone(model, leave_out=["text_encoder"])) == "left out with --leave-out"
+    edit_json(model / "model_index.json", lambda index: index.update(text_encoder=[None, None]))
     assert load_text_encoder(load_backbone(model)) is None
 
 

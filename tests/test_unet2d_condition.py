@@ -58,7 +58,8 @@ def save(path: Path, network: UNet2DConditionModel) -> Path:
         path / "scheduler"
     )
     index = {"unet": ["diffusers", "UNet2DConditionModel"], "scheduler": ["diffusers", "DDIMScheduler"]}
-    (path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline", **index}))
+    pipeline = "StableDiffusionXLPipeline" if network.config.addition_embed_type else "StableDiffusionPipeline"
+    (path / "model_index.json").write_text(json.dumps({"_class_name": pipeline, **index}))
     return path
 
 

@@ -218,9 +218,10 @@ def open_backbone(
     lora: tuple[str, ...],
     controlnet: bool,
     weights: bool = True,
+    leave_out: tuple[str, ...] = (),
 ) -> Any:
     """What ``--model`` and the options beside it name: a path, None for the packaged backbone, or one opened as they say."""
-    if adapter is None and size is None and tokens is None and not lora and not controlnet and weights:
+    if adapter is None and size is None and tokens is None and not lora and not controlnet and not leave_out and weights:
         return model
     from mteo_deploy import assets
     from mteo_deploy.exporters.base import load_backbone
@@ -228,7 +229,7 @@ def open_backbone(
 
     shape = None if size is None else parse_size(size)
     loras = [Lora.parse(text) for text in lora]
-    return load_backbone(model or assets.MODEL, adapter, shape, tokens, weights or bool(loras), loras, controlnet)
+    return load_backbone(model or assets.MODEL, adapter, shape, tokens, weights or bool(loras), loras, controlnet, leave_out)
 
 
 def named_values(option: str, texts: tuple[str, ...]) -> dict[str, str]:
@@ -262,6 +263,9 @@ def backbone_options(function: Callable[..., None]) -> Callable[..., None]:
 
     wrapped = verb(with_revision)
     for option in (
+        click.option(
+            "--leave-out", multiple=True, metavar="NAME", help="A part or field of the pipeline to go without; repeatable."
+        ),
         click.option("--controlnet", is_flag=True, help="Take a ControlNet's residuals as request inputs: docs/backbones.md."),
         click.option("--lora", multiple=True, metavar="PATH[:SCALE]", help="LoRA weights (.safetensors) to fuse; repeatable."),
         click.option("--tokens", type=int, help="Length of a prompt, padded [default: the backbone's own]."),

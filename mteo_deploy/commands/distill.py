@@ -65,6 +65,7 @@ def distill(
     tokens: int | None,
     lora: tuple[str, ...],
     controlnet: bool,
+    leave_out: tuple[str, ...],
     steps: int,
     solver: str,
     schedule: str | None,
@@ -96,7 +97,7 @@ def distill(
     from mteo_deploy.distillation.parallel import is_main
 
     result = run(
-        open_backbone(model, adapter, size, tokens, lora, controlnet) or assets.MODEL,
+        open_backbone(model, adapter, size, tokens, lora, controlnet, leave_out=leave_out) or assets.MODEL,
         output,
         steps=steps,
         solver=solver,

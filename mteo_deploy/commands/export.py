@@ -52,6 +52,7 @@ from mteo_deploy.text import command
 )
 @click.option("--full-range", is_flag=True, help="int8 weights in 8 bits, not 7; x86 processors need VNNI for it.")
 @click.option("--dump-after", metavar="PASS", help="Leave each step graph after PASS in OUTPUT.after-PASS/.")
+@click.option("--latents", is_flag=True, help="Leave the pipeline's VAE out: the bundle's samples are latents.")
 @click.option("-o", "--output", type=PATH, default=Path("bundle"), show_default=True, help="Bundle directory to write.")
 @json_option
 @quiet_option
@@ -62,6 +63,7 @@ def export(
     tokens: int | None,
     lora: tuple[str, ...],
     controlnet: bool,
+    leave_out: tuple[str, ...],
     as_json: bool,
     quiet: bool,
     output: Path,
@@ -91,7 +93,7 @@ def export(
     options["dynamic"] = None if dynamic is None else split_names(dynamic)
     options["batch"] = [] if batch is None else split_numbers("--batch", batch, int)
     options["keep"] = [] if keep is None else split_names(keep)
-    options["model"] = open_backbone(model, adapter, size, tokens, lora, controlnet)
+    options["model"] = open_backbone(model, adapter, size, tokens, lora, controlnet, leave_out=leave_out)
     common: dict[str, Any] = {**options, "passes": split_names(passes), "quiet": quiet or as_json}
     if precision == AUTO:
         bundle = export_fastest(output, engine=engine or AUTO, **common)
@@ -129,6 +131,11 @@ def export(
         f"{output}: {len(bundle.plan.evaluations)} evaluations, {', '.join(bundle.realisations)}, {total / 1e6:.2f} MB, "
         f"{bundle.manifest['export_seconds']:.1f} s"
     )
+    pipeline = bundle.manifest["backbone"]["pipeline"]
+    if pipeline is not None and not pipeline["checked"]:
+        echo(
+            f"a {pipeline['class']} is not known to sample from noise and these request inputs alone: the adapter answers for it"
+        )
     for part, why in bundle.manifest["left_out"].items():
         echo(f"no {part} in the bundle: {why}")
     echo(f"next: {command('mteo-deploy', 'build', output)}{_as_measured(compiler)}")

@@ -34,10 +34,18 @@ def _show_loras(loras: list[dict[str, Any]]) -> None:
         echo(f"lora       {', '.join(named)}, fused")
 
 
+def _show_pipeline(pipeline: dict[str, Any] | None, left_out: dict[str, str]) -> None:
+    if pipeline is not None:
+        echo(f"pipeline   {pipeline['class']}" + ("" if pipeline["checked"] else ", not checked: the adapter answers for it"))
+    for part, why in left_out.items():
+        echo(f"left out   {part}: {why}")
+
+
 def _show_backbone(found: dict[str, Any]) -> None:
     levels, baking, requests = found["levels"], found["baking"], found["requests"]
     multiple, opened = found["sizes"]["fixed"], found["sizes"]["open"]
     echo(f"backbone   {found['family']} ({found['source']}), {found['parameters']:,} parameters")
+    _show_pipeline(found["pipeline"], found["left_out"])
     _show_loras(found["loras"])
     sizes = f"others in multiples of {multiple}" if multiple else "no other"
     left = f"export can leave it open in multiples of {opened}" if opened else "export cannot leave it open"
@@ -73,6 +81,7 @@ def inspect(
     tokens: int | None,
     lora: tuple[str, ...],
     controlnet: bool,
+    leave_out: tuple[str, ...],
     other: Path | None,
     as_json: bool,
 ) -> None:
@@ -86,7 +95,7 @@ def inspect(
     if path is None and model is not None:
         from mteo_deploy.exporters.describe import describe
 
-        backbone = describe(open_backbone(model, adapter, size, tokens, lora, controlnet, weights=False))
+        backbone = describe(open_backbone(model, adapter, size, tokens, lora, controlnet, weights=False, leave_out=leave_out))
         emit(backbone) if as_json else _show_backbone(backbone)
         return
     if path is None or model is not None:
@@ -113,6 +122,7 @@ def inspect(
             f"backbone   {backbone['family']} ({backbone['source']}), {backbone['parameters']:,} parameters, "
             f"samples {'x'.join(map(str, backbone['sample_shape']))}, {backbone['prediction_type']}"
         )
+        _show_pipeline(backbone.get("pipeline"), found["left_out"])
         _show_loras(backbone.get("loras", []))
         echo(f"embeddings {embeddings['parameters']:,} numbers at {len(embeddings['sites'])} sites")
         echo(f"open       {opened}{sizes}")

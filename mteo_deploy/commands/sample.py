@@ -96,5 +96,8 @@ def sample(
     if as_json:
         emit({"output": str(output), "num": num, "seed": seed, "batch": batch, "seconds": seconds, "decoding": decoding})
         return
+    without = sampler.bundle.manifest.get("left_out", {}).get("decoder")
     share = f", {decoding / seconds:.0%} of it decoding" if sampler.bundle.decoder and not latents else ""
     echo(f"{output}: {num} images of {len(sampler.plan.evaluations)} evaluations each in {seconds:.2f} s{share}")
+    if without is not None:
+        echo(f"these are latents: {without}")
