@@ -1,7 +1,8 @@
 """The VAE's decoder of a pipeline directory, from latents as the backbone gives them to images.
 
 Pipelines divide latents by the VAE's ``scaling_factor`` before they decode them; some add its ``shift_factor``, SDXL's
-multiplies by ``latents_std`` and adds ``latents_mean`` where the VAE has both. Here that is part of the graph, as the pipeline does it.
+multiplies by ``latents_std`` and adds ``latents_mean`` where the VAE has both. Here that is part of the graph, as the pipeline
+does it.
 """
 
 from __future__ import annotations

@@ -144,8 +144,8 @@ class PipelineDirectory:
         )
         if self.kind is not None and self.kind.controlnet and not controlnet:
             raise InputError(
-                f"expected a pipeline of class {known}; {self.path / INDEX} names {self.cls}, whose network takes a ControlNet's "
-                "residuals; pass --controlnet"
+                f"expected a pipeline of class {known}; {self.path / INDEX} names {self.cls}, whose network takes a "
+                "ControlNet's residuals; pass --controlnet"
             )
         if self.kind is None or self.kind.family != family or self.kind.network != network:
             raise InputError(
@@ -154,8 +154,8 @@ class PipelineDirectory:
             )
         if self.parts[network][0] != "diffusers":
             raise InputError(
-                f"expected {network} of the library diffusers; {self.path / INDEX} names {'.'.join(self.parts[network])}, code of "
-                f"its own, which is not run; {way_out}"
+                f"expected {network} of the library diffusers; {self.path / INDEX} names {'.'.join(self.parts[network])}, code "
+                f"of its own, which is not run; {way_out}"
             )
 
     def answered_for(self, network: str, family: str) -> PipelineDirectory:
@@ -183,7 +183,8 @@ class PipelineDirectory:
         there = {*self.parts, *self.fields, *self.config(self.kind.network)}
         if others := sorted(self.leave_out - there):
             raise InputError(
-                f"expected --leave-out of what {self.path / INDEX} or the network's configuration names; found {', '.join(others)}"
+                f"expected --leave-out of what {self.path / INDEX} or the network's configuration names; found "
+                f"{', '.join(others)}"
             )
         inside = {*own, self.kind.decoder, *self.kind.outside, *self.leave_out}
         parts = [name for name in self.parts if name not in inside and not name.startswith(TEXT)]

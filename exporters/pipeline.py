@@ -105,7 +105,7 @@ def _decoder(adapter: Adapter, latents: bool) -> Decoder | str | None:
     if cls not in CLASSES or not where.is_dir():
         found = f"a {cls}" if where.is_dir() else f"no directory {where}, though model_index.json names one"
         raise InputError(
-            f"expected a {part} of class {' or '.join(CLASSES)}, which decodes the samples; found {found}; for a bundle that gives "
-            "latents pass --latents to export"
+            f"expected a {part} of class {' or '.join(CLASSES)}, which decodes the samples; found {found}; for a bundle that "
+            "gives latents pass --latents to export"
         )
     return load_decoder(where, cls, adapter.sample_shape[0], None if pipeline.kind is None else pipeline.kind.latents)

@@ -1,9 +1,9 @@
 """Which pipeline classes of diffusers are taken: those known to go from noise to samples with one network, called with the
 request inputs that its adapter names.
 
-A network of a known class and shape says nothing of how its pipeline calls it: Qwen-Image-Edit puts an image's tokens behind the
-latents, SDXL's refiner takes an aesthetic score where the base has a size. So the pipeline's class decides, and one that is not
-here is refused. Every row was read in diffusers' own pipeline of that name, and is compared with it by a test.
+A network of a known class and shape says nothing of how its pipeline calls it: Qwen-Image-Edit puts an image's tokens behind
+the latents, SDXL's refiner takes an aesthetic score where the base has a size. So the pipeline's class decides, and one that
+is not here is refused. Every row was read in diffusers' own pipeline of that name, and is compared with it by a test.
 """
 
 from __future__ import annotations

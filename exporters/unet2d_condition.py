@@ -32,7 +32,8 @@ class UNet2DConditionAdapter(UNetAdapter):
     where it takes them (``text_time``).
 
     Request inputs: ``encoder_hidden_states`` ``[tokens, cross_attention_dim]``; for SDXL ``text_embeds`` ``[width]`` and
-    ``time_ids`` ``[6]`` (its refiner ``[5]``); with a ControlNet ``down_block_additional_residual_0`` ... and ``mid_block_additional_residual``, each
+    ``time_ids`` ``[6]`` (its refiner ``[5]``); with a ControlNet
+    ``down_block_additional_residual_0`` ... and ``mid_block_additional_residual``, each
     as the network has it at the states' size. They are the same at every evaluation and for both branches of guidance.
     """
 

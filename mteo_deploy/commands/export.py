@@ -134,7 +134,8 @@ def export(
     pipeline = bundle.manifest["backbone"]["pipeline"]
     if pipeline is not None and not pipeline["checked"]:
         echo(
-            f"a {pipeline['class']} is not known to sample from noise and these request inputs alone: the adapter answers for it"
+            f"a {pipeline['class']} is not known to sample from noise and these request inputs alone: the adapter answers for "
+            "it"
         )
     for part, why in bundle.manifest["left_out"].items():
         echo(f"no {part} in the bundle: {why}")
