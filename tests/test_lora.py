@@ -179,6 +179,7 @@ def test_what_is_refused(model: Path, weights: Path, tmp_path: Path) -> None:
     shutil.copytree(model, tmp_path / "pipeline")
     edit_json(tmp_path / "pipeline" / "model_index.json", lambda index: index.update(_class_name="DiffusionPipeline"))
     with pytest.raises(InputError, match="loads LoRA weights for; found DiffusionPipeline"):
-        load_backbone(tmp_path / "pipeline", loras=[Lora.parse(str(weights))])
+        adapter = "mteo_deploy.exporters.unet2d_condition:UNet2DConditionAdapter"
+        load_backbone(tmp_path / "pipeline", adapter, loras=[Lora.parse(str(weights))])
     refused = CliRunner().invoke(main, ["inspect", "--model", str(model), "--lora", str(pickled)])
     assert refused.exit_code == 2 and "pickled files are not read" in " ".join(refused.output.split())
