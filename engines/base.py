@@ -13,7 +13,7 @@ from mteo_deploy.progress import Reporter
 
 
 class Session(Protocol):
-    """One graph opened in an engine."""
+    """One graph opened in an engine. Any number of threads may run it, and get what one thread would get."""
 
     def run(self, feeds: Values) -> list[Any]:
         """Run the graph; outputs in the graph's order, in memory that the next run leaves alone.
@@ -22,14 +22,15 @@ class Session(Protocol):
         where at least one input is one (:mod:`mteo_deploy.engines.device`).
 
         Raises:
-            EngineError: for inputs that the graph does not take, or lacks; for a session that was closed.
+            EngineError: for inputs that the graph does not take, or lacks; for a session that was closed, or that was opened by
+                another process, which then forked.
         """
 
     def save(self, directory: Path, graph: str) -> None:
         """Leave what opens this graph faster next time; nothing, where an engine has no such thing."""
 
     def close(self) -> None:
-        """Free what the session holds; closing it again does nothing."""
+        """Wait for the runs of other threads, then free what the session holds; closing it again does nothing."""
 
 
 ON_OFF = ("off", "on")

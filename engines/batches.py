@@ -79,6 +79,9 @@ class SizesAsTheyCome:
         return self._session(count).run(feeds)
 
     def _session(self, count: int) -> Session:
+        known = self._sessions.get(count)
+        if known is not None:  # which says itself when it was closed; another thread may be making one meanwhile
+            return known
         with self._lock:
             if self._closed:
                 raise closed()
@@ -89,7 +92,9 @@ class SizesAsTheyCome:
 
     def save(self, directory: Path, graph: str) -> None:
         """Those that were made; others are made again where they are wanted."""
-        for session in self._sessions.values():
+        with self._lock:
+            sessions = list(self._sessions.values())
+        for session in sessions:
             session.save(directory, graph)
 
     def close(self) -> None:

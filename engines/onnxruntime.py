@@ -8,8 +8,9 @@ A bundle opens one session per evaluation, each with its own worker threads. By 
 after a run and take the cores from the next evaluation's session; `session.force_spinning_stop` ends the spinning with the
 run. On two cores that made a loop of four evaluations about twice as fast at batch 8.
 
-Nor does each session keep an arena for its activations: no two of them run at once, so they share one, which is as large as the
-largest needs. It is the process's and stays when sessions are closed, for those that open next.
+Nor does each session keep an arena for its activations: a thread runs no two of them at once, so they share one, which is as
+large as the largest needs, for as many threads as run at once. It is the process's and stays when sessions are closed, for
+those that open next.
 
 On a GPU inputs and outputs stay on the device (:mod:`~.ortvalues`), and nothing falls back to the CPU (:mod:`~.ortgpu`). With
 ``--option provider=tensorrt`` the TensorRT provider builds engines at the first run of a graph at a batch size; those that the
@@ -35,14 +36,16 @@ from numpy.typing import NDArray
 from mteo_deploy.bundle import Bundle
 from mteo_deploy.engines import nvidia, ortgpu
 from mteo_deploy.engines.base import ON_OFF, Layer, Option, Session
-from mteo_deploy.engines.device import Values, closed
+from mteo_deploy.engines.device import Values
 from mteo_deploy.engines.options import of
 from mteo_deploy.engines.ortvalues import BoundSession, EngineFiles, OrtDevice
+from mteo_deploy.engines.turns import Turns
 from mteo_deploy.errors import EngineError, InputError, MissingPackageError
 from mteo_deploy.precision import NAMES
 from mteo_deploy.processors import fewer_processors
 from mteo_deploy.progress import Reporter
 from mteo_deploy.telemetry import off
+from mteo_deploy.text import one_line
 
 CPU = "CPUExecutionProvider"
 THREADS = "ORT_INTRA_OP_NUM_THREADS"
@@ -120,21 +123,23 @@ def _share_arena(onnxruntime: Any) -> None:
 
 
 class OnnxRuntimeSession:
-    """One graph in an ``onnxruntime.InferenceSession``."""
+    """One graph in an ``onnxruntime.InferenceSession``, which any number of threads may run at once."""
 
     def __init__(self, session: Any) -> None:
         self._session = session
         self._inputs = {value.name for value in session.get_inputs()}
+        self._turns: Turns[Any] = Turns(lambda: session)
 
     def run(self, feeds: Values) -> list[Any]:
-        if self._session is None:
-            raise closed()
+        return self._turns.run(lambda session: self._run(session, feeds))
+
+    def _run(self, session: Any, feeds: Values) -> list[Any]:
         try:
-            outputs: list[NDArray[np.float32]] = self._session.run(None, dict(feeds))
+            outputs: list[NDArray[np.float32]] = session.run(None, dict(feeds))
         except Exception as error:  # onnxruntime's exceptions share no base of their own
             shapes = {name: value.shape for name, value in feeds.items()}
             raise EngineError(
-                f"onnxruntime could not run inputs {shapes} on a graph that takes {self._inputs}: {error}"
+                f"onnxruntime could not run inputs {shapes} on a graph that takes {self._inputs}: {one_line(error)}"
             ) from None
         return outputs
 
@@ -142,7 +147,8 @@ class OnnxRuntimeSession:
         """Nothing: see the module."""
 
     def close(self) -> None:
-        self._session = None
+        if self._turns.close():
+            self._session = None
 
 
 class OnnxRuntimeProfiledSession(OnnxRuntimeSession):
@@ -153,7 +159,8 @@ class OnnxRuntimeProfiledSession(OnnxRuntimeSession):
         self._directory = directory
 
     def layers(self) -> list[Layer]:
-        events = json.loads(Path(self._session.end_profiling()).read_text(encoding="utf-8"))
+        profile = self._turns.run(lambda session: session.end_profiling())
+        events = json.loads(Path(profile).read_text(encoding="utf-8"))
         self._directory.cleanup()
         found: dict[str, Layer] = {}
         for event in events:
@@ -277,7 +284,9 @@ class OnnxRuntimeBackend:
             # enable_fallback: or a provider that cannot be made is left out, and a session on the CPU is what one gets
             return onnxruntime.InferenceSession(bundle.file(graph), settings, providers=providers, enable_fallback=0)
         except Exception as error:  # onnxruntime's exceptions share no base of their own
-            raise EngineError(f"onnxruntime could not open {graph}: {error}; export again or report the graph") from None
+            raise EngineError(
+                f"onnxruntime could not open {graph}: {one_line(error)}; export again or report the graph"
+            ) from None
 
 
 BACKEND = OnnxRuntimeBackend()

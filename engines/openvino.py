@@ -22,13 +22,15 @@ from numpy.typing import NDArray
 from mteo_deploy.bundle import Bundle
 from mteo_deploy.engines.base import ON_OFF, Layer, Option, Session
 from mteo_deploy.engines.batches import SHARED, BatchSizes, SizesAsTheyCome
-from mteo_deploy.engines.device import Values, closed
+from mteo_deploy.engines.device import Values
 from mteo_deploy.engines.options import of
+from mteo_deploy.engines.turns import Turns
 from mteo_deploy.errors import EngineError, MissingPackageError
 from mteo_deploy.precision import NAMES
 from mteo_deploy.processors import fewer_processors
 from mteo_deploy.progress import Reporter
 from mteo_deploy.telemetry import LEAVE, openvino_sends_nothing
+from mteo_deploy.text import one_line
 
 DEVICES = {"cpu": "CPU"}
 PRECISION_HINT = {"fp32": "f32", "bf16": "bf16"}
@@ -66,7 +68,10 @@ def _core() -> Any:
 
 
 class OpenVinoSession:
-    """One compiled graph with one request, whose buffers are made once.
+    """One compiled graph, with a request for each thread that runs it, whose buffers are made once.
+
+    There are as many requests as the graph has streams (the option ``streams``): one thread more would wait for a stream,
+    and each request holds the memory of its activations.
 
     Args:
         size: images that it was made for; None for any number.
@@ -76,33 +81,36 @@ class OpenVinoSession:
 
     def __init__(self, compiled: Any, size: int | None, kept: bool = True, read: NDArray[np.uint8] | None = None) -> None:
         self._compiled, self._size, self._kept = compiled, size, kept
-        self._request = compiled.create_infer_request()
         self._inputs = [set(value.names) for value in compiled.inputs]  # several of one that a removed node passed on as it was
         self._outputs = list(compiled.outputs)
+        most = int(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
+        self._requests = Turns(compiled.create_infer_request, most)
         self._read = read  # goes after what looks into it, also where nobody closes the session
 
     def run(self, feeds: Values) -> list[Any]:
-        if self._request is None:
-            raise closed()
+        return self._requests.run(lambda request: self._infer(request, feeds))
+
+    def _infer(self, request: Any, feeds: Values) -> list[Any]:
         missing = [names for names in self._inputs if not names & feeds.keys()]  # it would keep what the last run was given
         if missing or len(feeds) != len(self._inputs):
             raise EngineError(f"expected the inputs {[' or '.join(sorted(n)) for n in self._inputs]}; found {sorted(feeds)}")
         try:
             # inputs are read where they lie; outputs are copied, or the next run would write into its own input
-            found = self._request.infer(dict(feeds), share_inputs=True)
-        except RuntimeError as error:
+            found = request.infer(dict(feeds), share_inputs=True)
+        except Exception as error:  # RuntimeError as a rule; TypeError for an array of no type that it knows
             shapes = {name: value.shape for name, value in feeds.items()}
-            raise EngineError(f"openvino could not run inputs {shapes}: {error}") from None
+            raise EngineError(f"openvino could not run inputs {shapes}: {one_line(error)}") from None
         return [found[output] for output in self._outputs]
 
     def save(self, directory: Path, graph: str) -> None:
         if self._kept:
-            (directory / _file(graph, self._size)).write_bytes(self._compiled.export_model().getbuffer())
+            model = self._requests.run(lambda _: self._compiled.export_model())
+            (directory / _file(graph, self._size)).write_bytes(model.getbuffer())
 
     def close(self) -> None:
-        self._request = self._compiled = None
-        self._outputs = []
-        self._read = None
+        if self._requests.close():
+            self._outputs, self._compiled = [], None
+            self._read = None
 
 
 class OpenVinoProfiledSession(OpenVinoSession):
@@ -112,9 +120,9 @@ class OpenVinoProfiledSession(OpenVinoSession):
         super().__init__(compiled, size)
         self._found: dict[str, Layer] = {}
 
-    def run(self, feeds: Values) -> list[Any]:
-        outputs = super().run(feeds)
-        for entry in self._request.get_profiling_info():
+    def _infer(self, request: Any, feeds: Values) -> list[Any]:
+        outputs = super()._infer(request, feeds)
+        for entry in request.get_profiling_info():
             layer = self._found.setdefault(entry.node_name, Layer(entry.node_name, entry.node_type))
             layer.times.append(entry.real_time.total_seconds() * 1e3)
         return outputs
@@ -220,9 +228,9 @@ class OpenVinoBackend:
                 of_images = [value for value in model.inputs if not {*SHARED} & set(value.names)]
                 model.reshape({value.any_name: [size, *list(value.partial_shape)[1:]] for value in of_images})
             return core.compile_model(model, device, config), None
-        except RuntimeError as error:
+        except Exception as error:  # RuntimeError as a rule
             where = f"{path}; build again" if path is not None and path.is_file() else f"{graph}; export again or report it"
-            raise EngineError(f"openvino could not open {where} ({error})") from None
+            raise EngineError(f"openvino could not open {where} ({one_line(error)})") from None
 
 
 BACKEND = OpenVinoBackend()

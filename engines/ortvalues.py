@@ -21,8 +21,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mteo_deploy.engines.device import DeviceArray, Function, Pool, Value, Values, closed
+from mteo_deploy.engines.device import DeviceArray, Function, Pool, Value, Values
+from mteo_deploy.engines.turns import Turns
 from mteo_deploy.errors import EngineError
+from mteo_deploy.text import one_line
 
 BINDINGS = 64
 """Bindings a session keeps: evaluations of a table times shapes it is run at. What comes on top is bound for one run."""
@@ -111,14 +113,16 @@ class BoundSession:
 
     def __init__(self, session: Any, device: OrtDevice, graphs: bool, files: EngineFiles | None = None) -> None:
         self._session, self.device, self._graphs, self._files = session, device, graphs, files
+        self._turns: Turns[Any] = Turns(lambda: session)
         self._inputs = [value.name for value in session.get_inputs()]
         self._outputs = [(value.name, _dtype(value.type)) for value in session.get_outputs()]
         self._shapes: dict[tuple[Any, ...], list[tuple[int, ...]]] = {}
         self._bindings: dict[tuple[int, ...], tuple[Any, Any]] = {}
 
     def run(self, feeds: Values) -> list[Any]:
-        if self._session is None:
-            raise closed()
+        return self._turns.run(lambda _: self._run_in_turn(feeds))
+
+    def _run_in_turn(self, feeds: Values) -> list[Any]:
         if feeds.keys() != set(self._inputs):
             raise EngineError(f"expected the inputs {sorted(self._inputs)}; found {sorted(feeds)}")
         with self.device.lock:
@@ -126,7 +130,7 @@ class BoundSession:
                 outputs = self._run([self._held(feeds[name]) for name in self._inputs])
             except Exception as error:  # onnxruntime's exceptions share no base of their own
                 shapes = {name: value.shape for name, value in feeds.items()}
-                raise EngineError(f"onnxruntime could not run inputs {shapes}: {error}") from None
+                raise EngineError(f"onnxruntime could not run inputs {shapes}: {one_line(error)}") from None
             stay = any(isinstance(value, DeviceArray) for value in feeds.values())
             return outputs if stay else [np.asarray(value) for value in outputs]
 
@@ -181,6 +185,8 @@ class BoundSession:
             self._files.save(directory)
 
     def close(self) -> None:
+        if not self._turns.close():
+            return
         self._bindings.clear()
         self._session = None
         if self._files is not None:

@@ -2,9 +2,9 @@
 
 Networks are strongly typed: a graph's own types are what is computed in, and TF32 is switched off. Each graph becomes one
 plan (:mod:`~.tensorrt_build`), with one optimisation profile over the batch; plans and the inspector's view of their layers
-are the built engine's files. Execution contexts never run at the same time here, so all of them share one block of scratch
-memory, and one stream; arrays stay on the device from one to the next, and a whole sampling is captured in one CUDA graph
-(:mod:`~.cuda`).
+are the built engine's files. Execution contexts never run at the same time here (a lock sees to it), so all of
+them share one block of scratch memory, and one stream; arrays stay on the device from one to the next, and a whole sampling is
+captured in one CUDA graph (:mod:`~.cuda`).
 
 Not run on a GPU yet: the tests hold every call against the real bindings of TensorRT 11.4, which import without a GPU.
 """
@@ -24,9 +24,10 @@ import numpy as np
 from mteo_deploy.bundle import Bundle
 from mteo_deploy.engines.base import Layer, ProfiledSession, Session
 from mteo_deploy.engines.cuda import CudaDevice, NotCapturedError, cuda
-from mteo_deploy.engines.device import DeviceArray, Value, Values, closed
+from mteo_deploy.engines.device import DeviceArray, Value, Values
 from mteo_deploy.engines.options import of
 from mteo_deploy.engines.tensorrt_build import MIB, OPTIONS, build_plan, errors_of, package
+from mteo_deploy.engines.turns import Turns
 from mteo_deploy.errors import EngineError
 from mteo_deploy.precision import NAMES
 from mteo_deploy.progress import Reporter
@@ -56,7 +57,7 @@ class TensorRtSession:
     def __init__(self, device: _Device, plan: bytes, graph: str, prepare: Callable[[Any], bool]) -> None:
         import tensorrt as trt
 
-        self.device, self._plan, self._graph, self._closed = device, plan, graph, False
+        self.device, self._plan, self._graph = device, plan, graph
         engine = device.runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise EngineError(f"tensorrt could not read the plan of {graph}; build again")
@@ -71,13 +72,16 @@ class TensorRtSession:
             name = engine.get_tensor_name(i)
             kind = np.dtype(trt.nptype(engine.get_tensor_dtype(name)))
             (self._inputs if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT else self._outputs)[name] = kind
+        opened = engine, self._context
+        self._turns = Turns(lambda: opened)
 
     def run(self, feeds: Values) -> list[Any]:
-        if self._closed:
-            raise closed()
+        return self._turns.run(lambda _: self._run_in_turn(feeds))
+
+    def _run_in_turn(self, feeds: Values) -> list[Any]:
         if feeds.keys() != self._inputs.keys():  # a missing one would keep what the last run was given
             raise EngineError(f"expected the inputs {sorted(self._inputs)}; found {sorted(feeds)}")
-        with self.device.lock:
+        with self.device.lock:  # one context, one stream: one thread at a time
             outputs = self._run({name: self._held(feeds[name], kind) for name, kind in self._inputs.items()})
             stay = any(isinstance(value, DeviceArray) for value in feeds.values())
             return outputs if stay else list(self.device.fetch(outputs))
@@ -124,10 +128,9 @@ class TensorRtSession:
         (directory / f"{stem}.layers.json").write_text(self._inspect(), encoding="utf-8")
 
     def close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            del self._context  # before the engine that it belongs to
-            del self._engine
+        if self._turns.close():
+            self._context = None  # before the engine that it belongs to
+            self._engine = None
 
     def _inspect(self) -> str:
         """The layers of the plan, in JSON."""

@@ -6,12 +6,13 @@ it was made with.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,7 @@ from mteo_deploy.decoding import decode_states, tile_of
 from mteo_deploy.engines.base import OpenGraph, Session
 from mteo_deploy.engines.batches import at_any_size
 from mteo_deploy.engines.device import Device, Value, Values, device_of
+from mteo_deploy.engines.turns import Turns
 from mteo_deploy.errors import EngineError, InputError
 from mteo_deploy.plan import Plan, run
 from mteo_deploy.prompts import SIZES, Texts, encode, open_tokenizers, request_inputs
@@ -60,6 +62,10 @@ def _image(prelude: Prelude, loop: Loop, feeds: Values) -> list[Value]:
     return _states(prelude, loop, feeds)[-1:]
 
 
+def _closed(path: Path) -> EngineError:
+    return EngineError(f"expected an open sampler; found one that was closed; run: Sampler.load({str(path)!r})")
+
+
 class _Opened(NamedTuple):
     """What a sampler holds until it is closed."""
 
@@ -75,11 +81,14 @@ class _Opened(NamedTuple):
 class Sampler:
     """A bundle opened in one engine. It holds the engine's sessions until it is closed, or nobody refers to it any more.
 
+    Any number of threads may use it, and each gets the images that it would get alone. A process that forked, and one that is
+    spawned, loads its own.
+
     >>> with Sampler.load("bundle") as sampler:     # doctest: +SKIP
     ...     images = sampler(num=4, seed=0)         # float32 [4, channels, height, width], nominally in [-1, 1]
 
     Attributes:
-        decoding: seconds that decoding took of all calls until now.
+        decoding: seconds that decoding took of all calls until now, of all threads together.
     """
 
     def __init__(
@@ -100,11 +109,13 @@ class Sampler:
             return sessions[-1]
 
         self._others: dict[str, Session] = {}
-        self.decoding = 0.0
+        self.decoding, self._lock = 0.0, threading.RLock()
         loop, prelude = open_loop(realisation, bundle, opened, tables), Prelude(bundle, opened)
         device = device_of(sessions[0])
         states, image = (device.record(partial(function, prelude, loop)) for function in (_states, _image))
-        self._opened: _Opened | None = _Opened(loop, prelude, device, states, image, opened, sessions)
+        everything = _Opened(loop, prelude, device, states, image, opened, sessions)
+        self._opened: _Opened | None = everything
+        self._turns = Turns(lambda: everything, refuse=partial(_closed, bundle.path))
 
     def __enter__(self) -> Sampler:
         return self
@@ -112,19 +123,38 @@ class Sampler:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
+    def __reduce__(self) -> NoReturn:
+        """A sampler cannot be copied, nor sent to another process.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(
+            f"expected the path of a bundle to send to another process; found an open sampler; run there: "
+            f"Sampler.load({str(self.bundle.path)!r})"
+        )
+
     def close(self) -> None:
-        """Free the engine's sessions and what they hold; closing it again does nothing."""
-        opened, self._opened, self._others = self._opened, None, {}
-        while opened and opened.sessions:
-            opened.sessions.pop().close()
+        """Free the engine's sessions and what they hold; closing it again does nothing.
+
+        Waits for loops that other threads are in; what these call next is refused. In a process that was forked from the one
+        that opened the sampler it does nothing.
+
+        Raises:
+            EngineError: in the middle of a call of the same thread, as from the handler of a signal.
+        """
+        if not self._turns.close():
+            return
+        with self._lock:
+            opened, self._others = self._opened, {}
+            while opened and opened.sessions:
+                opened.sessions[-1].close()
+                opened.sessions.pop()
+            self._opened = None
 
     @property
     def _now(self) -> _Opened:
-        if self._opened is None:
-            raise EngineError(
-                f"expected an open sampler; found one that was closed; run: Sampler.load({str(self.bundle.path)!r})"
-            )
-        return self._opened
+        return self._turns.run(lambda opened: opened)
 
     @property
     def open_graph(self) -> OpenGraph:
@@ -222,11 +252,11 @@ class Sampler:
         Raises:
             EngineError: for a sampler that was closed.
         """
-        return self._now.states(self._feeds(noise, requests))
+        return self._turns.run(lambda opened: opened.states(self._feeds(noise, requests)))
 
     def image(self, noise: Array, requests: Arrays | None = None) -> Array:
         """Run the loop from standard normal noise: the last of :meth:`states`, which alone leaves the device."""
-        return self._now.image(self._feeds(noise, requests))[0]
+        return self._turns.run(lambda opened: opened.image(self._feeds(noise, requests)))[0]
 
     def _feeds(self, noise: Array, requests: Arrays | None) -> dict[str, NDArray[Any]]:
         return {"state": noise * np.float32(self.plan.initial_scale), **(requests or {})}
@@ -348,9 +378,14 @@ class Sampler:
 
     def _other(self, name: str) -> Session:
         """A graph beside the loop's, by its name in the manifest; opened when first asked for."""
-        if name not in self._others:
-            self._others[name] = self.open_graph(self.bundle.manifest[name]["graph"])
-        return self._others[name]
+
+        def found(opened: _Opened) -> Session:
+            with self._lock:
+                if name not in self._others:
+                    self._others[name] = opened.open_graph(self.bundle.manifest[name]["graph"])
+                return self._others[name]
+
+        return self._turns.run(found)
 
     def encode(self, feeds: Mapping[str, NDArray[np.int64]]) -> dict[str, Array]:
         """Outputs by name of the bundle's text encoder, of its inputs by name, ``[count, length]`` each."""
@@ -390,7 +425,8 @@ class Sampler:
             states = states_from(noise_for(shape, seed, indices), part)
             clock = time.perf_counter()
             chunks.append(states if latents else self.decode(states, tile))
-            self.decoding += time.perf_counter() - clock
+            with self._lock:
+                self.decoding += time.perf_counter() - clock
             if progress:
                 progress(len(indices))
         return np.concatenate(chunks)
