@@ -403,7 +403,7 @@ def _load_part(cls: type[Adapter] | None, directory: PipelineDirectory, options:
         adapter.sample_shape = (*adapter.sample_shape[:-2], size, size)
     adapter.serve(directory)
     adapter.loras = Loras(directory.cls, options.loras)
-    adapter.loras.fuse_network(network, adapter.network)
+    adapter.loras.fuse_network(network, adapter.network, {*directory.classes(), *directory.leave_out})
     return adapter
 
 

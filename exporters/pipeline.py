@@ -89,6 +89,9 @@ def load_pipeline(adapter: Adapter, tile: int | None = None, latents: bool = Fal
     if tile is not None:
         check_tile(tile)
     texts = text if isinstance(text, TextEncoder) else None
+    if texts is None:
+        left = frozenset() if adapter.pipeline is None else adapter.pipeline.leave_out
+        adapter.loras.refuse_text(text if isinstance(text, str) else "its pipeline has none", left)
     others = {} if adapter.pipeline is None else adapter.pipeline.left_out()
     return Pipeline(decoder if isinstance(decoder, Decoder) else None, texts, tile, reasons | others)
 
