@@ -40,7 +40,7 @@ from mteo_deploy.engines.device import Values
 from mteo_deploy.engines.options import of
 from mteo_deploy.engines.ortvalues import BoundSession, EngineFiles, OrtDevice
 from mteo_deploy.engines.turns import Turns
-from mteo_deploy.errors import EngineError, InputError, MissingPackageError
+from mteo_deploy.errors import EngineError, InputError, MissingPackageError, MteoError
 from mteo_deploy.precision import NAMES
 from mteo_deploy.processors import fewer_processors
 from mteo_deploy.progress import Reporter
@@ -282,7 +282,10 @@ class OnnxRuntimeBackend:
             settings.add_session_config_entry("session.use_env_allocators", "1")
         try:
             # enable_fallback: or a provider that cannot be made is left out, and a session on the CPU is what one gets
-            return onnxruntime.InferenceSession(bundle.file(graph), settings, providers=providers, enable_fallback=0)
+            with bundle.opened(graph) as path:
+                return onnxruntime.InferenceSession(path, settings, providers=providers, enable_fallback=0)
+        except MteoError:
+            raise
         except Exception as error:  # onnxruntime's exceptions share no base of their own
             raise EngineError(
                 f"onnxruntime could not open {graph}: {one_line(error)}; export again or report the graph"

@@ -25,7 +25,7 @@ from mteo_deploy.engines.batches import SHARED, BatchSizes, SizesAsTheyCome
 from mteo_deploy.engines.device import Values
 from mteo_deploy.engines.options import of
 from mteo_deploy.engines.turns import Turns
-from mteo_deploy.errors import EngineError, MissingPackageError
+from mteo_deploy.errors import EngineError, MissingPackageError, MteoError
 from mteo_deploy.precision import NAMES
 from mteo_deploy.processors import fewer_processors
 from mteo_deploy.progress import Reporter
@@ -223,11 +223,14 @@ class OpenVinoBackend:
 
                 read = np.memmap(path, np.uint8, "c")
                 return core.import_model(Tensor(read, shared_memory=True), device, config), read
-            model = core.read_model(bundle.file(graph))
-            if size is not None:
-                of_images = [value for value in model.inputs if not {*SHARED} & set(value.names)]
-                model.reshape({value.any_name: [size, *list(value.partial_shape)[1:]] for value in of_images})
-            return core.compile_model(model, device, config), None
+            with bundle.opened(graph) as source:
+                model = core.read_model(source)
+                if size is not None:
+                    of_images = [value for value in model.inputs if not {*SHARED} & set(value.names)]
+                    model.reshape({value.any_name: [size, *list(value.partial_shape)[1:]] for value in of_images})
+                return core.compile_model(model, device, config), None
+        except MteoError:
+            raise
         except Exception as error:  # RuntimeError as a rule
             where = f"{path}; build again" if path is not None and path.is_file() else f"{graph}; export again or report it"
             raise EngineError(f"openvino could not open {where} ({one_line(error)})") from None

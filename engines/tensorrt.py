@@ -263,14 +263,19 @@ class TensorRtBackend:
         package()
         if device not in self.devices():
             raise EngineError(f"expected a device out of {', '.join(self.devices()) or 'none'} for tensorrt; found {device!r}")
-        shared, source, own = self._device(), bundle.file(graph), of(OPTIONS, options)
+        shared, own = self._device(), of(OPTIONS, options)
         path = None if built is None else built / f"{PurePosixPath(graph).stem}.plan"
         stored = path is not None and path.is_file()
-        plan = path.read_bytes() if path and stored else build_plan(shared, source, graph, options, report)
+        if path and stored:
+            plan = path.read_bytes()
+        else:
+            with bundle.opened(graph) as source:
+                plan = build_plan(shared, source, graph, options, report)
 
         def prepare(engine: tensorrt.ICudaEngine) -> bool:
             if own["strip"] == "on":
-                _fill(engine, shared.logger, source, graph)
+                with bundle.opened(graph) as source:
+                    _fill(engine, shared.logger, source, graph)
             if own["weight_streaming"] == "on":
                 _stream(engine, own["weight_streaming_budget"], graph)
             return bool(own["weight_streaming"] == "on" and engine.weight_streaming_budget_v2 < engine.streamable_weights_size)

@@ -5,10 +5,12 @@ The graphs and their weight file lie in one folder, because ONNX readers refuse 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,15 +18,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mteo_deploy import manifest as records
 from mteo_deploy.directories import recover, whole_directory
 from mteo_deploy.errors import BundleError, InputError
+from mteo_deploy.graph_files import GraphError, Reached, reached
 from mteo_deploy.plan import Plan
+from mteo_deploy.reading import CheckedFile, UnreadableError, locate, read_regular, say_once, together
 from mteo_deploy.requests import Request
+from mteo_deploy.tensors import read_tensors
 
-SCHEMA = 1
 MANIFEST = "manifest.json"
+SCHEMA = records.SCHEMA
 __all__ = ["MANIFEST", "SCHEMA", "Bundle", "sha256_file", "whole_directory", "write_manifest"]
-PARTS = ("plan", "realisations", "conditioned", "reference", "backbone", "embeddings", "precision")
+TOTAL, OTHER = 2**43, 2**32
+"""Bytes of all files of a bundle, and of one that holds no weights, at most."""
+ARRAYS = ("F32", "F16", "F64", "I32", "I64", "BOOL")
+"""Types of what a stored reference holds, as safetensors names them."""
+SLACK = 2**20
+"""Bytes of a weight file behind what graphs reach of it: room for alignment."""
 
 
 def sha256_file(path: Path) -> str:
@@ -35,65 +46,110 @@ def sha256_file(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle whose files have been checked against the manifest."""
+    """An opened bundle whose files have been checked against the manifest.
+
+    Attributes:
+        path: its directory.
+        manifest: as :class:`mteo_deploy.manifest.Manifest` holds it to be.
+        checked: every file of the manifest as it was when its hash was found right; empty for files that were never checked,
+            of a bundle that is being made.
+        external: graph -> the files beside it that hold its tensors.
+    """
 
     path: Path
     manifest: dict[str, Any]
+    checked: Mapping[str, CheckedFile] = field(default_factory=dict, repr=False, compare=False)
+    external: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def open(cls, path: Path | str) -> Bundle:
-        """Read the manifest and check every file's size and SHA-256.
+        """Read the manifest, and check every file's size and SHA-256 and what each graph reaches.
 
         Raises:
-            BundleError: when something is missing, altered, of a newer schema, or points outside the bundle.
+            BundleError: when something is missing, altered, of a newer schema, points outside the bundle, or is not what this
+                version of a bundle has.
         """
         path = Path(os.fspath(path))
         recover(path)
-        if not (path / MANIFEST).is_file():
-            raise BundleError(
-                f"expected a bundle (a directory with {MANIFEST}) at {path}; make one with: mteo-deploy export -o DIR"
-            )
+        manifest = _read_manifest(path)
+        sizes = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        if (total := sum(size for size, _ in sizes.values())) > TOTAL:
+            raise BundleError(f"{path}: expected {TOTAL:,} bytes in all files at most; the manifest says {total:,}")
+        checked: dict[str, CheckedFile] = {}
+        reach: dict[str, Reached] = {}
+        name = MANIFEST
         try:
-            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-            schema, files = manifest["schema"], manifest["files"]
-            entries = [(name, entry["bytes"], entry["sha256"]) for name, entry in files.items()]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BundleError(f"{path / MANIFEST} is not a bundle manifest ({error!r}); export again") from None
-        if not isinstance(schema, int) or schema > SCHEMA:
-            raise BundleError(f"expected bundle schema {SCHEMA} or older; found {schema}; upgrade mteo-deploy")
-        missing = [part for part in PARTS if part not in manifest]
-        if missing:
-            raise BundleError(f"{path / MANIFEST} lacks {', '.join(missing)}; export again")
-        bundle = cls(path, manifest)
-        for used in [
-            *(entry["graph"] for entry in bundle.graphs),
-            *bundle.tables,
-            *bundle.tokenizers,
-            manifest["reference"]["file"],
-        ]:
-            if used not in files:
-                raise BundleError(f"{path}: no hash covers {used}; export again")
-        for name, size, digest in entries:
-            file = bundle.file(name)
-            if not file.is_file():
-                raise BundleError(f"{path}: {name} is missing; export again")
-            if file.stat().st_size != size:
-                raise BundleError(f"{path}: {name} has {file.stat().st_size} bytes, expected {size} (truncated?); export again")
-            if sha256_file(file) != digest:
-                raise BundleError(f"{path}: {name} was altered (its SHA-256 differs from the manifest's); export again")
+            for name in (*sizes, MANIFEST):
+                locate(path, name)
+            for name in sorted(sizes, key=lambda name: not name.endswith(".onnx")):  # graphs say how long weights may be
+                _check_length(name, sizes[name][0], reach)
+                checked[name], content = CheckedFile.check(path, name, *sizes[name])
+                if content is not None:
+                    reach[name] = reached(content)
+        except UnreadableError as error:
+            raise BundleError(f"{path}: {name} {error}") from None
+        except GraphError as error:
+            raise BundleError(f"{path}: {name} {error}; export again") from None
+        external = {graph: tuple(_beside(graph, found.ends())) for graph, found in reach.items()}
+        bundle = cls(path, manifest, checked, external)
+        bundle._check_graphs(reach)
         return bundle
 
+    def _check_graphs(self, reach: Mapping[str, Reached]) -> None:
+        """That each graph's weights are listed files that are long enough, and that it is the graph the manifest describes."""
+        for graph, found in reach.items():
+            for name, end in zip(self.external[graph], found.ends().values(), strict=True):
+                if name not in self.checked:
+                    raise BundleError(f"{self.path}: no hash covers {name}, which {graph} takes weights from; export again")
+                if end > self.checked[name].size:
+                    raise BundleError(f"{self.path}: {graph} takes bytes behind the end of {name}; export again")
+        for entry in self.graphs:
+            found = reach[entry["graph"]]
+            if [found.inputs, found.outputs] != [entry["inputs"], entry["outputs"]]:
+                raise BundleError(
+                    f"{self.path}: expected {entry['graph']} with the inputs and outputs of the manifest, "
+                    f"{entry['inputs']} and {entry['outputs']}; found {found.inputs} and {found.outputs}; export again"
+                )
+
     def file(self, name: str) -> Path:
-        """Path of a file named in the manifest.
+        """Path of a file named in the manifest, with every link resolved: as it was checked, hashed again if it looks changed.
 
         Raises:
-            BundleError: when the name leaves the bundle.
+            BundleError: when the manifest does not name it, or its content is another one now.
         """
-        pure = PurePosixPath(name)
-        path = self.path / pure
-        if pure.is_absolute() or ".." in pure.parts or "\\" in name or not path.resolve().is_relative_to(self.path.resolve()):
-            raise BundleError(f"{self.path}: the manifest names {name!r}, which leaves the bundle; do not trust this bundle")
-        return path
+        if name == MANIFEST or not self.checked:
+            return self.path / name
+        return self._checked(name).path
+
+    def _checked(self, name: str) -> CheckedFile:
+        try:
+            return self.checked[name].again()
+        except KeyError:
+            raise BundleError(f"{self.path}: the manifest names no file {name!r}; export again") from None
+        except UnreadableError as error:
+            raise BundleError(f"{self.path}: {name} {error}") from None
+
+    @contextlib.contextmanager
+    def opened(self, graph: str) -> Iterator[Path]:
+        """The path from which an engine opens a graph now: the graph and its weights, as they were checked, lie there.
+
+        Engines refuse weights that are links to somewhere else, as all files are in the cache of the Hugging Face Hub. Such a
+        graph is opened in a directory of hard links to what the links lead to (copies where the file system has none), which is
+        gone when the block ends; an engine keeps what it has mapped.
+
+        Raises:
+            BundleError: when one of the files is another one now.
+        """
+        files = [self._checked(name) for name in (graph, *self.external.get(graph, ()))] if self.checked else []
+        if not any(file.linked for file in files):
+            yield self.path / graph
+            return
+        try:
+            directory = together(files, self.path / "engines")
+        except UnreadableError as error:
+            raise BundleError(f"{self.path}: {graph} {error}") from None
+        with directory:
+            yield Path(directory.name, PurePosixPath(graph).name)
 
     @cached_property
     def plan(self) -> Plan:
@@ -187,14 +243,14 @@ class Bundle:
         """Request inputs for ``count`` images: those of the stored reference, over and over."""
         if not self.requests:
             return {}
-        stored = self._arrays(self.manifest["reference"]["file"], "reference")
+        stored = self.reference()
         return {r.name: np.resize(stored[f"request/{r.name}"], (count, *r.shape)) for r in self.requests}
 
     def reference_tokens(self, count: int) -> dict[str, NDArray[np.int64]]:
         """Inputs of the text encoder by name, ``[count, length]``: of the stored prompts, over and over; empty without one."""
         if self.text_encoder is None:
             return {}
-        stored = self._arrays(self.manifest["reference"]["file"], "reference")
+        stored = self.reference()
         found = {name: stored[f"text/{name}"].astype(np.int64) for name in self.text_encoder["inputs"]}
         return {name: np.resize(values, (count, *values.shape[1:])) for name, values in found.items()}
 
@@ -210,7 +266,12 @@ class Bundle:
 
     def table(self) -> NDArray[np.float32]:
         """What differs between evaluations, ``[evaluations, numbers]``, for the realisation ``table``."""
-        return self._arrays(self.tables[0], "table")["table"]
+        found = self._arrays(self.tables[0], "table", ("F32",)).get("table", np.zeros(0, np.float32))
+        if found.ndim != 2 or len(found) != len(self.plan.evaluations):
+            raise BundleError(
+                f"{self.path}: expected a table of {len(self.plan.evaluations)} rows; found {list(found.shape)}; export again"
+            )
+        return found
 
     @property
     def step_graphs(self) -> list[dict[str, Any]]:
@@ -234,22 +295,89 @@ class Bundle:
 
         Where height or width are open, ``other/noise``, ... at another size too.
         """
-        return self._arrays(self.manifest["reference"]["file"], "reference")
+        found = self._arrays(self.manifest["reference"]["file"], "reference")
+        for name, shape in self._reference_shapes(found).items():
+            have = found[name].shape if name in found else None
+            if have is None or (shape and have != shape) or not found[name].size:
+                raise BundleError(
+                    f"{self.path}: expected {name} of shape {list(shape) or 'any'} in the stored reference; found "
+                    f"{'none' if have is None else list(have)}; export again"
+                )
+        return found
 
-    def _arrays(self, name: str, what: str) -> dict[str, NDArray[np.float32]]:
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
+    def _reference_shapes(self, found: Mapping[str, NDArray[Any]]) -> dict[str, tuple[int, ...]]:
+        """Names that the reference must have, and their shapes; ``()`` for any."""
+        entry, evaluations = self.manifest["reference"], len(self.plan.evaluations)
+        shapes = {f"request/{request.name}": (entry["count"], *request.shape) for request in self.requests}
+        noises = {"": (entry["count"], *self.sample_shape)}
+        if {"height", "width"} & {*self.manifest.get("dynamic", [])}:
+            other = found["other/noise"].shape if "other/noise" in found else ()
+            noises["other/"] = other if len(other) == len(self.sample_shape) + 1 else noises[""]
+        for size, noise in noises.items():
+            shapes |= {f"{size}noise": noise, f"{size}states": (evaluations, *noise), f"{size}kept": (evaluations, *noise)}
+        if self.decoder is not None:
+            shapes |= {f"{size}images": () for size in noises}
+        if self.text_encoder is not None:
+            names = [*self.text_encoder["inputs"], *self.text_encoder["outputs"]]
+            shapes |= {f"text/{name}": () for name in names}
+        return shapes
 
-        try:
-            return load_file(self.file(name))
-        except SafetensorError as error:
-            raise BundleError(f"{self.path}: the stored {what} cannot be read ({error}); export again") from None
+    def _arrays(self, name: str, what: str, dtypes: tuple[str, ...] = ARRAYS) -> dict[str, NDArray[Any]]:
+        return read_tensors(self.file(name), f"the stored {what}", "export again", BundleError, dtypes)[1]
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of the bundle at ``path``, its structure and numbers checked; a word where no digest covers these."""
+    place = path / MANIFEST
+    try:
+        text = read_regular(place, records.MOST)
+    except (OSError, UnreadableError, ValueError) as error:
+        reason = "" if isinstance(error, FileNotFoundError | NotADirectoryError) else f"; it cannot be read: {error}"
+        raise BundleError(
+            f"expected a bundle (a directory with {MANIFEST}) at {path}{reason}; make one with: mteo-deploy export -o DIR"
+        ) from None
+    try:
+        manifest = records.read(text)
+    except records.NewerSchemaError as error:
+        raise BundleError(str(error)) from None
+    except ValueError as error:
+        raise BundleError(f"{place} is not a bundle manifest ({error}); export again") from None
+    if "digest" not in manifest:
+        say_once(
+            f"{path} is of schema {manifest['schema']}: nothing covers the numbers in its manifest; export again for a digest"
+        )
+    return manifest
+
+
+def _beside(graph: str, names: Iterable[str]) -> Iterator[str]:
+    folder = PurePosixPath(graph).parent
+    return (str(folder / name) for name in names)
+
+
+def _check_length(name: str, size: int, reach: Mapping[str, Reached]) -> None:
+    """That a weight file is no longer than what graphs take of it, and another file than :data:`OTHER`: a sparse file of
+    terabytes would be hashed for hours.
+
+    Raises:
+        UnreadableError: when it is.
+    """
+    if name.endswith(".onnx") or not name.startswith("graphs/"):
+        if size > OTHER:
+            raise UnreadableError(f"has {size:,} bytes; expected {OTHER:,} at most")
+        return
+    ends = (dict(zip(_beside(graph, found.ends()), found.ends().values(), strict=True)) for graph, found in reach.items())
+    most = max((found.get(name, 0) for found in ends), default=0) + SLACK
+    if size > most:
+        raise UnreadableError(f"has {size:,} bytes, of which graphs take {most - SLACK:,} at most; export again")
 
 
 def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
-    """Hash every file below ``directory`` into ``manifest["files"]`` and write the manifest."""
+    """Hash every file below ``directory`` into ``manifest["files"]``, all of that into its digest, and write the manifest."""
     files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST)
     manifest["files"] = {
         path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in files
     }
-    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    plain = json.loads(json.dumps(manifest, allow_nan=False))  # as it will be read: tuples are lists there
+    if plain["schema"] >= 2:
+        plain["digest"] = manifest["digest"] = records.digest(plain)
+    (directory / MANIFEST).write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")

@@ -15,15 +15,21 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mteo_deploy.errors import BundleError, InputError
 from mteo_deploy.files import check_file, save_tensors
+from mteo_deploy.manifest import SetHeader, convert
 from mteo_deploy.plan import Plan
+from mteo_deploy.reading import canonical, say_once, strict_json
+from mteo_deploy.tensors import read_tensors
 
 FORMAT = "mteo-deploy embedding set"
-VERSION = 1
+VERSION = 2
+"""Since version 2 a set has a checksum of its tensors and its metadata."""
+MOST = 2**31
+"""Bytes of a file."""
+WAY_OUT = "make the set again with: mteo-deploy distill"
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,12 @@ class EmbeddingSet:
             digest.update(np.ascontiguousarray(self.deltas[name], dtype="<f4").tobytes())
         return digest.hexdigest()
 
+    @property
+    def checksum(self) -> str:
+        """Hash of everything in the file: names, shapes, values, and all that the metadata say."""
+        header = {"backbone": self.backbone, "training": json.loads(json.dumps(self.training)), "tensors": self.sha256()}
+        return hashlib.sha256(canonical(header)).hexdigest()
+
     def check(self, backbone: str, sites: Mapping[str, int]) -> None:
         """Check that the set fits a backbone.
 
@@ -103,16 +115,16 @@ class EmbeddingSet:
             InputError: when it cannot be written; an older file is as it was.
         """
         header = {"format": FORMAT, "version": VERSION, "backbone": self.backbone, "training": self.training}
-        metadata = {"mteo": json.dumps({**header, "plan": self.plan.to_json()})}
+        metadata = {"mteo": json.dumps({**header, "plan": self.plan.to_json(), "checksum": self.checksum}, allow_nan=False)}
         deltas = {name: np.ascontiguousarray(delta, np.float32) for name, delta in self.deltas.items()}
         save_tensors(save_file, deltas, Path(path), metadata)
 
     @classmethod
     def load(cls, path: Path | str) -> EmbeddingSet:
-        """Read a file written by :meth:`save`.
+        """Read a file written by :meth:`save`; a word where an older version wrote it, without a checksum.
 
         Raises:
-            InputError: when the file is missing, not an embedding set, or of a newer version.
+            InputError: when the file is missing, altered, not an embedding set, or of a newer version.
         """
         path = Path(path)
         if not path.is_file():
@@ -120,22 +132,38 @@ class EmbeddingSet:
                 f"expected an embedding set (a .safetensors file) at {path}; found nothing there; "
                 f"make one with: mteo-deploy distill -o {path}"
             )
+        metadata, deltas = read_tensors(path, "an embedding set", WAY_OUT, InputError, most=MOST)
         try:
-            with safe_open(path, "numpy") as file:
-                header = json.loads((file.metadata() or {}).get("mteo", "{}"))
-                deltas = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        except (SafetensorError, ValueError, OSError) as error:
-            raise InputError(f"expected a safetensors file; {path} cannot be read ({error})") from None
+            header = strict_json(metadata.get("mteo", "{}"))
+        except ValueError as error:
+            raise InputError(f"{path}: bad metadata ({error}); {WAY_OUT}") from None
         if not isinstance(header, dict) or header.get("format") != FORMAT:
             raise InputError(f"expected an embedding set made by `mteo-deploy distill`; {path} holds no such metadata")
+        if type(header.get("version")) is int and header["version"] > VERSION:
+            raise InputError(
+                f"expected embedding set version {VERSION} or older; {path} has {header['version']}; upgrade mteo-deploy"
+            )
         try:
-            if header["version"] > VERSION:
+            fields: SetHeader = convert(header, SetHeader)
+            found = cls(deltas, Plan.from_json(header["plan"]), fields.backbone, header["training"])
+        except (ValueError, BundleError) as error:
+            raise InputError(f"{path}: bad metadata ({error}); {WAY_OUT}") from None
+        found._check_file(path, fields)
+        return found
+
+    def _check_file(self, path: Path, fields: SetHeader) -> None:
+        evaluations = len(self.plan.evaluations)
+        for name, delta in self.deltas.items():
+            if delta.ndim != 2 or delta.shape[0] != evaluations or delta.shape[1] < 1:
                 raise InputError(
-                    f"expected embedding set version {VERSION} or older; {path} has {header['version']}; upgrade mteo-deploy"
+                    f"expected [{evaluations}, width] at {name[:80]!r} of {path}; found {list(delta.shape)}; {WAY_OUT}"
                 )
-            return cls(deltas, Plan.from_json(header["plan"]), header["backbone"], header["training"])
-        except (BundleError, KeyError, TypeError) as error:
-            raise InputError(f"{path}: bad metadata ({error}); make the set again with: mteo-deploy distill") from None
+        if fields.checksum is None:
+            if fields.version >= 2:
+                raise InputError(f"expected a checksum in {path}; found none: the file was altered; {WAY_OUT}")
+            say_once(f"{path} has no checksum, as sets of older versions; a damaged number in it would not be noticed")
+        elif fields.checksum != self.checksum:
+            raise InputError(f"{path} was altered: its checksum is another one; get it again, or {WAY_OUT}")
 
 
 def merge(

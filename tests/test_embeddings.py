@@ -93,7 +93,7 @@ def test_missing_file(tmp_path: Path) -> None:
 def test_not_a_safetensors_file(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "set.safetensors"
     path.write_bytes(content)
-    with pytest.raises(InputError, match="expected a safetensors file"):
+    with pytest.raises(InputError, match="expected an embedding set as a safetensors file"):
         EmbeddingSet.load(path)
 
 
@@ -101,7 +101,7 @@ def test_not_a_safetensors_file(content: bytes, tmp_path: Path) -> None:
 def test_truncated_file(kept: int, tiny_embeddings: Path, tmp_path: Path) -> None:
     path = tmp_path / "set.safetensors"
     path.write_bytes(tiny_embeddings.read_bytes()[:kept])
-    with pytest.raises(InputError, match=r"expected a safetensors file.*cannot be read"):
+    with pytest.raises(InputError, match=r"expected an embedding set as a safetensors file.*cannot be read"):
         EmbeddingSet.load(path)
 
 
@@ -132,7 +132,7 @@ def test_header_of_another_kind(tmp_path: Path) -> None:
 
 def test_broken_plan(tiny_embeddings: Path, tmp_path: Path) -> None:
     path = with_header(tiny_embeddings, tmp_path / "set.safetensors", lambda header: header["plan"].update(sigmas=[1.0]))
-    with pytest.raises(InputError, match=r"set\.safetensors.*hexadecimal"):
+    with pytest.raises(InputError, match=r"set\.safetensors: bad metadata.*sigmas"):
         EmbeddingSet.load(path)
 
 

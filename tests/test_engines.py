@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import altered, edit_json
+from helpers import altered, edit_json, unknown_operator
 
 from mteo_deploy.bundle import MANIFEST, Bundle
 from mteo_deploy.engines import BACKENDS, cache
@@ -173,6 +173,12 @@ def test_graph_that_is_none(tiny_bundle: Path, tmp_path: Path) -> None:
     path = altered(
         tiny_bundle, tmp_path / "b", files=lambda bundle: (bundle / "graphs" / "step_01.onnx").write_bytes(b"no graph")
     )
+    with pytest.raises(BundleError, match=r"step_01\.onnx is no ONNX file.*export again"):
+        build(path, engine="onnxruntime", quiet=True)
+
+
+def test_graph_that_the_engine_refuses(tiny_bundle: Path, tmp_path: Path) -> None:
+    path = altered(tiny_bundle, tmp_path / "b", files=lambda bundle: unknown_operator(bundle / "graphs" / "step_01.onnx"))
     with pytest.raises(EngineError, match=r"could not open graphs/step_01\.onnx.*export again"):
         build(path, engine="onnxruntime", quiet=True)
     assert not (path / "engines").exists()

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import altered, relative
+from helpers import altered, relative, unknown_operator
 
 from mteo_deploy.bundle import Bundle
 from mteo_deploy.engines import cache
@@ -135,7 +135,7 @@ def test_file_that_is_none(tiny_bundle: Path, tmp_path: Path) -> None:
 
 
 def test_graph_that_is_none(tiny_bundle: Path, tmp_path: Path) -> None:
-    path = altered(tiny_bundle, tmp_path / "b", files=lambda bundle: (bundle / "graphs" / "fused.onnx").write_bytes(b"none"))
+    path = altered(tiny_bundle, tmp_path / "b", files=lambda bundle: unknown_operator(bundle / "graphs" / "fused.onnx"))
     with pytest.raises(EngineError, match=r"could not open graphs/fused\.onnx; export again"):
         build(path, **QUICK)
     assert not (path / "engines").exists()
