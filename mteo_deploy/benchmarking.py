@@ -22,7 +22,7 @@ from mteo_deploy.numerics import relative_error
 from mteo_deploy.precision import HINTS, LABELS, parts, rank
 from mteo_deploy.progress import Reporter, reporter
 from mteo_deploy.requests import Arrays
-from mteo_deploy.sampler import Array, Sampler, noise_for
+from mteo_deploy.sampler import Array, Sampler, SampleRequest, noise_for
 from mteo_deploy.tradeoff import Point, Tradeoff
 from mteo_deploy.verification import environment
 
@@ -67,7 +67,7 @@ class Candidate:
         """``num`` images, and no state kept."""
         if self.plain:
             return sampler.conditioned(self.bundle.plain_plan, num, seed, PER_CALL, requests=requests, latents=True)
-        return sampler(num, seed, PER_CALL, requests=requests, latents=True)
+        return sampler.together(SampleRequest(num, seed, PER_CALL, requests, latents=True, finite=False))
 
     def sampling(self, sampler: Sampler, batch: int, seed: int) -> Callable[[], object]:
         """One batch from noise to images, to be timed."""

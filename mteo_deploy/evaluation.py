@@ -23,7 +23,7 @@ from mteo_deploy.bundle import Bundle
 from mteo_deploy.errors import EngineError, InputError
 from mteo_deploy.progress import Reporter, reporter
 from mteo_deploy.quality import Features, Statistics, features_of, frechet_distance, gap_closed
-from mteo_deploy.requests import Arrays, draw_all
+from mteo_deploy.requests import Arrays, draw_parts
 from mteo_deploy.requests import read as read_requests
 from mteo_deploy.sampler import Array, Sampler, noise_for
 
@@ -168,12 +168,12 @@ def _run(
 ) -> dict[str, tuple[float, float]]:
     """Of one seed, name -> (Fréchet distance, mean squared error against the reference)."""
     shape, task = sampler.bundle.sample_shape, report.task(f"seed {seed}", num)
-    requests = draw_all(sampler.bundle.requests, num, seed, given)
+    requests = draw_parts(sampler.bundle.requests, num, seed, given)
     features: dict[str, list[NDArray[Any]]] = {name: [] for name in ways}
     squares = dict.fromkeys(ways, 0.0)
     for start in range(0, num, batch):
         rows = range(start, min(start + batch, num))
-        noise, part = noise_for(shape, seed, rows), {name: values[start : rows.stop] for name, values in requests.items()}
+        noise, part = noise_for(shape, seed, rows), requests(slice(start, rows.stop))
         reference: Array | None = None
         for name, (_, draw) in ways.items():
             found = sampler.decode(draw(noise, part))

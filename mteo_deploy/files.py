@@ -42,7 +42,7 @@ class Scratch:
         place = Path(tempfile.gettempdir()) if folder is None else folder
         sweep(place, prefix)
         self.path = Path(tempfile.mkdtemp(SUFFIX, prefix, place))
-        self.close = weakref.finalize(self, _end, os.getpid(), self.path, _locked(self.path))
+        self.close = weakref.finalize(self, _end, os.getpid(), self.path, hold(self.path))
 
     def __enter__(self) -> Path:
         return self.path
@@ -51,8 +51,8 @@ class Scratch:
         self.close()
 
 
-def _locked(directory: Path) -> Any:
-    """A lock in a directory, held; None where the file system has no locks, whose scratch directories are never swept."""
+def hold(directory: Path) -> Any:
+    """The lock in a directory, held; None where somebody else holds it, or the file system has no locks."""
     from filelock import FileLock
 
     lock = FileLock(directory / LOCK, timeout=0, thread_local=False)
@@ -145,6 +145,11 @@ def check_folder(folder: Path) -> None:
     Raises:
         InputError: for one below a file, on something read-only, or that somebody else may write only.
     """
+    try:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            folder.lstat()  # which says what is wrong with a name
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot write into {folder}: {_reason(error)}; pass another -o/--output") from None
     near = Path(os.path.abspath(folder))
     while not os.path.lexists(near) and near != near.parent:
         near = near.parent

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from io import BytesIO
 from pathlib import Path
 
@@ -9,17 +10,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mteo_deploy.errors import InputError
+from mteo_deploy.files import check_file, check_folder, destination, write_atomic, written
 
 
 def to_uint8(images: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """``[n, channels, height, width]`` in [-1, 1] to uint8 ``[n, height, width, channels]``."""
-    pixels = np.clip(np.nan_to_num(images) * 127.5 + 127.5, 0, 255).round().astype(np.uint8)
+    """``[n, channels, height, width]`` in [-1, 1] to uint8 ``[n, height, width, channels]``.
+
+    Raises:
+        InputError: for values that are not finite, which no pixel stands for.
+    """
+    finite = np.isfinite(images)
+    if not finite.all():
+        first = int(np.argmin(finite.reshape(len(images), -1).all(axis=1)))
+        raise InputError(
+            f"expected finite images; image {first} of {len(images)} has NaN or infinity; write .npz to look at it"
+        )
+    pixels = np.clip(images * 127.5 + 127.5, 0, 255).round().astype(np.uint8)
     return pixels.transpose(0, 2, 3, 1)
 
 
 def grid(images: NDArray[np.float32], columns: int | None = None, gap: int = 2) -> NDArray[np.uint8]:
     """Tile images row by row, white between them: uint8 ``[height, width, channels]``."""
-    pixels = to_uint8(images)
+    return tiled(to_uint8(images), columns, gap)
+
+
+def tiled(pixels: NDArray[np.uint8], columns: int | None = None, gap: int = 2) -> NDArray[np.uint8]:
+    """:func:`grid` of pixels ``[n, height, width, channels]``."""
     n, height, width, channels = pixels.shape
     columns = columns or int(np.ceil(np.sqrt(n)))
     rows = -(-n // columns)
@@ -47,37 +63,71 @@ def png(pixels: NDArray[np.uint8], scale: int = 1) -> bytes:
 
 
 def write_png(pixels: NDArray[np.uint8], path: Path, scale: int = 1) -> None:
-    """Write :func:`png` to a file."""
-    made = png(pixels, scale)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(made)
+    """Write :func:`png` to a file, whole or not at all."""
+    write_atomic(path, png(pixels, scale))
 
 
-def check_output(path: Path, sample_shape: tuple[int, ...] | None = None) -> None:
-    """Refuse an output that :func:`save` cannot write, before any work is done.
+def kind_of(path: Path, folder: bool = False) -> str:
+    """What an output is by its name: ``png``, ``npz`` or ``folder``.
+
+    Args:
+        folder: it was given as one: with a slash at its end.
+
+    Raises:
+        InputError: for another ending of what is no folder yet.
+    """
+    ending = path.suffix.lower()
+    if not folder and ending in (".png", ".npz"):
+        return ending[1:]
+    if not (folder or ending == "" or path.is_dir()):
+        raise InputError(f"expected an output ending in .png or .npz, or a folder (then end it in a slash); found {path}")
+    return "folder"
+
+
+def check_output(path: Path, sample_shape: tuple[int, ...] | None = None, folder: bool = False) -> None:
+    """Refuse an output that images cannot be written to, before any work is done.
 
     Args:
         sample_shape: of one image, where it is known already.
+        folder: as :func:`kind_of` takes it.
 
     Raises:
-        InputError: for another ending than .png or .npz, a folder that is a file, or a PNG of what is no image.
+        InputError: for another ending than .png or .npz, a place that cannot be written, or a PNG of what is no image.
     """
-    if sample_shape is not None and len(sample_shape) != 3 and path.suffix != ".npz":
+    kind = kind_of(path, folder)
+    if sample_shape is not None and kind != "npz" and (what := _no_image(sample_shape)):
         shape = "x".join(map(str, sample_shape))
-        raise InputError(f"expected an output ending in .npz for samples of {shape}, which are videos; found {path}")
-    if path.suffix not in ("", ".png", ".npz"):
-        raise InputError(f"expected an output ending in .png or .npz, or a folder; found {path}")
-    if path.is_dir() if path.suffix else path.is_file():
-        raise InputError(f"expected {'a file' if path.suffix else 'a folder'} at {path}; found the other; pass another -o")
+        raise InputError(f"expected an output ending in .npz for samples of {shape}, which {what}; found {path}")
+    if kind != "folder":
+        check_file(path)
+    elif os.path.lexists(path) and not path.is_dir():
+        destination(path)  # says what is wrong with a link
+        raise InputError(f"expected a folder at {path}; found something else; pass another -o/--output")
+    else:
+        check_folder(path)
+
+
+def _no_image(shape: tuple[int, ...]) -> str:
+    """Why samples of a shape are no images; empty where they are."""
+    if len(shape) != 3:
+        return f"are {({2: 'signals', 4: 'videos'}).get(len(shape), f'arrays of {len(shape)} axes')}"
+    if shape[0] not in (1, 3):
+        return f"have {shape[0]} channels where images have 1 or 3 (latents, where no VAE decodes them)"
+    return ""
 
 
 def save(images: NDArray[np.float32], path: Path) -> None:
-    """Write images as ``.npz`` (array ``images``, float32 as sampled), ``.png`` (a grid), or a folder of PNG files."""
+    """Write images as ``.npz`` (array ``images``, float32 as sampled), ``.png`` (a grid), or a folder of PNG files.
+
+    Raises:
+        InputError: as :func:`check_output`; for images that are not finite; when the disk cannot take them.
+    """
     check_output(path, images.shape[1:])
-    if path.suffix == ".npz":
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(path, images=images)
-    elif path.suffix == ".png":
+    kind = kind_of(path)
+    if kind == "npz":
+        with written(path) as new:
+            np.savez_compressed(new, images=images)
+    elif kind == "png":
         write_png(grid(images), path, scale=2)
     else:
         for i, pixels in enumerate(to_uint8(images)):

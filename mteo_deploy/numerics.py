@@ -13,7 +13,8 @@ from mteo_deploy.plan import Plan
 from mteo_deploy.precision import parts
 from mteo_deploy.prompts import open_tokenizers, tokenise
 from mteo_deploy.realisations import Stepwise
-from mteo_deploy.sampler import Sampler
+from mteo_deploy.requests import Arrays
+from mteo_deploy.sampler import Sampler, SampleRequest
 
 Array = NDArray[np.float32]
 
@@ -182,6 +183,11 @@ def image_error(sampler: Sampler) -> float:
     return relative_error(found[-1], expected[-1])
 
 
+def _drawn(sampler: Sampler, num: int, seed: int, batch: int, requests: Arrays) -> Array:
+    """Last states, finite or not: a check says so by name."""
+    return sampler.together(SampleRequest(num, seed, batch, requests, latents=True, finite=False))
+
+
 def canaries(sampler: Sampler, tolerance: float, batch: int = 4) -> list[Check]:
     """Faults that a table of latencies does not show.
 
@@ -189,11 +195,11 @@ def canaries(sampler: Sampler, tolerance: float, batch: int = 4) -> list[Check]:
     again after that, after another seed and after another batch size.
     """
     requests = sampler.bundle.reference_requests(batch)
-    images = sampler(num=batch, seed=11, batch=batch, requests=requests, latents=True)
-    others = sampler(num=batch, seed=12, batch=batch, requests=requests, latents=True)
-    single = sampler(num=batch, seed=11, batch=1, requests=requests, latents=True)
-    beside = sampler.reopen()(num=batch, seed=11, batch=batch, requests=requests, latents=True)
-    again = sampler(num=batch, seed=11, batch=batch, requests=requests, latents=True)
+    images = _drawn(sampler, batch, 11, batch, requests)
+    others = _drawn(sampler, batch, 12, batch, requests)
+    single = _drawn(sampler, batch, 11, 1, requests)
+    beside = _drawn(sampler.reopen(), batch, 11, batch, requests)
+    again = _drawn(sampler, batch, 11, batch, requests)
     with np.errstate(invalid="ignore", over="ignore"):  # infinite images fail below, by name
         spread = float(images.reshape(batch, -1).std(axis=1).min())
     bad = int((~np.isfinite(images)).sum())
@@ -262,7 +268,7 @@ def text_checks(sampler: Sampler, tolerance: float) -> list[Check]:
 def _not_finite(sampler: Sampler) -> int:
     """Of the decoder's output for what the engine samples; what is not finite in the last state already is not its fault."""
     requests = sampler.bundle.reference_requests(1)
-    states = sampler(num=1, seed=11, batch=1, requests=requests, latents=True)
+    states = _drawn(sampler, 1, 11, 1, requests)
     return int((~np.isfinite(sampler.decode(np.nan_to_num(states, nan=0.0, posinf=0.0, neginf=0.0)))).sum())
 
 

@@ -167,6 +167,16 @@ def _sizes(height: int, width: int) -> Arrays:
     return {name: np.array([one], dtype=np.float32) for name, one in zip(SIZES, values, strict=True)}
 
 
+def check_texts(prompt: Texts, negative: Texts | None, count: int) -> None:
+    """Refuse another number of prompts than one for all of ``count`` images, or one for each.
+
+    Raises:
+        InputError: which names the option.
+    """
+    _texts("--prompt", prompt, count)
+    _texts("--negative-prompt", negative or "", count)
+
+
 def _texts(option: str, given: Texts, count: int) -> list[str]:
     texts = [given] if isinstance(given, str) else list(given)
     if len(texts) not in (1, count):

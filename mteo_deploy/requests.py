@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ class Request:
         return generator.standard_normal((count, *self.shape)).astype(self.dtype)
 
     def take(self, values: Any, count: int) -> NDArray[Any]:
-        """``values``, one for all images or one for each, as ``[count, *shape]``.
+        """``values``, one for all images or one for each, as ``[count, *shape]``: a view, which repeats the one for all.
 
         Raises:
             InputError: for another number of values, another shape, or an integer out of range.
@@ -90,7 +90,11 @@ class Request:
             raise InputError(f"expected {self.name} as integers in [0, {self.high}); found {np.unique(found)[:8].tolist()}")
         if found.dtype.kind not in "biuf" or not np.isfinite(found).all():
             raise InputError(f"expected {self.name} as finite numbers; found {found.dtype} with others")
-        return np.ascontiguousarray(np.broadcast_to(found, (count, *self.shape)).astype(self.dtype))
+        with np.errstate(over="ignore", invalid="ignore"):
+            taken = np.ascontiguousarray(found, self.dtype)
+        if not np.isfinite(taken).all() or (taken.dtype.kind in "iu" and (taken != found).any()):
+            raise InputError(f"expected {self.name} as numbers that {self.dtype} holds; found others")
+        return np.broadcast_to(taken, (count, *self.shape))
 
 
 def read(path: Path) -> dict[str, NDArray[Any]]:
@@ -114,15 +118,23 @@ def draw_all(
     Raises:
         InputError: when ``given`` lacks one or has another, or their rows differ in number or do not fit.
     """
+    return draw_parts(requests, count, seed, given)(slice(None))
+
+
+def draw_parts(
+    requests: Sequence[Request], count: int, seed: int, given: Mapping[str, NDArray[Any]] | None = None
+) -> Callable[[slice], dict[str, NDArray[Any]]]:
+    """:func:`draw_all`, of which some images' rows are copied when they are asked for."""
     if given is None:
-        return {request.name: request.draw(count, seed) for request in requests}
+        drawn = {request.name: request.draw(count, seed) for request in requests}
+        return lambda images: {name: values[images] for name, values in drawn.items()}
     rows = {len(values) if np.ndim(values) else 0 for values in given.values()}
     most = max(rows, default=1)
     if not rows <= {1, most} or 0 in rows:
         raise InputError(f"expected as many values of each request input, or 1; found {sorted(rows)}")
     whole = take_all(requests, given, most)
     chosen = np.random.default_rng(seed).integers(most, size=count)
-    return {name: values[chosen] for name, values in whole.items()}
+    return lambda images: {name: values[chosen[images]] for name, values in whole.items()}
 
 
 def take_all(requests: Sequence[Request], given: Mapping[str, Any], count: int) -> dict[str, NDArray[Any]]:

@@ -6,9 +6,10 @@ it was made with.
 
 from __future__ import annotations
 
+import shlex
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -26,9 +27,10 @@ from mteo_deploy.engines.device import Device, Value, Values, device_of
 from mteo_deploy.engines.turns import Turns
 from mteo_deploy.errors import EngineError, InputError
 from mteo_deploy.plan import Plan, run
-from mteo_deploy.prompts import SIZES, Texts, encode, open_tokenizers, request_inputs
+from mteo_deploy.prompts import Texts, encode, open_tokenizers, request_inputs
 from mteo_deploy.realisations import Loop, Prelude, Stepwise, open_loop
-from mteo_deploy.requests import Arrays, take_all
+from mteo_deploy.requests import Arrays
+from mteo_deploy.sample_request import SampleRequest, parts_of, together
 
 if TYPE_CHECKING:
     from mteo_deploy.engines.cache import Built
@@ -314,14 +316,28 @@ class Sampler:
             InputError: for a count, seed, batch, size or request input out of range, or prompts that the bundle does not take.
             EngineError: for a sampler that was closed.
         """
-        if prompt is None and negative_prompt is not None:
-            raise InputError("expected --negative-prompt with --prompt; found no --prompt")
-        if prompt is not None:
-            made = self._prompted(prompt, negative_prompt, num, size)
-            if twice := sorted(made.keys() & (requests or {}).keys() - {*SIZES}):
-                raise InputError(f"expected {', '.join(twice)} from --prompt or --requests; found both; leave one out")
-            requests = {**made, **(requests or {})}
-        return self._batches(num, seed, batch, self.image, progress, requests, size, latents, tile)
+        return self.together(SampleRequest(num, seed, batch, requests, size, latents, prompt, negative_prompt, tile), progress)
+
+    def together(self, asked: SampleRequest, progress: Callable[[int], None] | None = None) -> Array:
+        """What a call gives, of a request in one piece."""
+        return together(asked, self.drawing(asked), progress)
+
+    def batches(self, asked: SampleRequest) -> Iterator[Array]:
+        """The images of a call, a batch at a time: what is in memory grows with the batch, not with the number of images.
+
+        Raises:
+            As a call.
+        """
+        draw = self.drawing(asked)
+        return (draw(start) for start in asked.starts)
+
+    def drawing(self, asked: SampleRequest) -> Callable[[int], Array]:
+        """A function from the first image of a batch (one of ``asked.starts``) to the batch's images.
+
+        Raises:
+            As a call, before anything is drawn; the function raises EngineError for images that are not finite.
+        """
+        return self._drawing(asked, self.image)
 
     def decode(self, states: Array, tile: int | None = None) -> Array:
         """Images of the last states: decoded where the bundle has a decoder, else the states themselves.
@@ -354,7 +370,8 @@ class Sampler:
         def images(noise: Array, given: Arrays) -> Array:
             return self.conditioned_states(plan, noise, given)[-1]
 
-        return self._batches(num, seed, batch, images, progress, requests, size, latents)
+        asked = SampleRequest(num, seed, batch, requests, size, latents, finite=False)
+        return together(asked, self._drawing(asked, images), progress)
 
     def conditioned_states(self, plan: Plan, noise: Array, requests: Arrays | None = None) -> Sequence[Array]:
         session, given = self.conditioned_session, requests or {}
@@ -395,38 +412,39 @@ class Sampler:
             parts.append(self._other("text_encoder").run(part))
         return {name: np.concatenate(values) for name, values in zip(entry["outputs"], zip(*parts, strict=True), strict=True)}
 
-    def _prompted(self, prompt: Texts, negative: Texts | None, num: int, size: tuple[int, int] | None) -> dict[str, Any]:
+    def _prompted(self, asked: SampleRequest, prompt: Texts, negative: Texts | None, count: int) -> dict[str, Any]:
         tokenizers, bundle = open_tokenizers(self.bundle), self.bundle
         entry = bundle.manifest["text_encoder"]
         encoded = partial(encode, entry, tokenizers, self.encode)
-        return request_inputs(entry, bundle.requests, encoded, prompt, negative, num, bundle.shape_at(size)[-2:])
+        return request_inputs(entry, bundle.requests, encoded, prompt, negative, count, bundle.shape_at(asked.size)[-2:])
 
-    def _batches(
-        self,
-        num: int,
-        seed: int,
-        batch: int,
-        states_from: Callable[[Array, Arrays], Array],
-        progress: Callable[[int], None] | None,
-        requests: Mapping[str, Any] | None,
-        size: tuple[int, int] | None,
-        latents: bool,
-        tile: int | None = None,
-    ) -> Array:
-        if tile is not None and self.bundle.decoder is not None:
-            tile_of(self.bundle.decoder, tile)  # a clear error before the loop runs
-        if num < 1 or batch < 1:
-            raise InputError(f"expected --num and --batch of 1 or more; found {num} and {batch}")
-        given, shape = take_all(self.bundle.requests, requests or {}, num), self.bundle.shape_at(size)
-        chunks = []
-        for start in range(0, num, batch):
-            indices = range(start, min(start + batch, num))
-            part = {name: values[start : indices.stop] for name, values in given.items()}
-            states = states_from(noise_for(shape, seed, indices), part)
+    def _drawing(self, asked: SampleRequest, states_from: Callable[[Array, Arrays], Array]) -> Callable[[int], Array]:
+        asked.check()
+        if asked.tile is not None and self.bundle.decoder is not None:
+            tile_of(self.bundle.decoder, asked.tile)  # a clear error before the loop runs
+        shape, part = self.bundle.shape_at(asked.size), parts_of(asked, self.bundle.requests, self._prompted)
+
+        def draw(start: int) -> Array:
+            rows = asked.rows(start)
+            noise, given = noise_for(shape, asked.seed, rows), part(rows)
+            states = states_from(noise, given)
             clock = time.perf_counter()
-            chunks.append(states if latents else self.decode(states, tile))
+            images = states if asked.latents else self.decode(states, asked.tile)
             with self._lock:
                 self.decoding += time.perf_counter() - clock
-            if progress:
-                progress(len(indices))
-        return np.concatenate(chunks)
+            if asked.finite and not np.isfinite(images).all():
+                raise self._not_finite(asked, rows, noise, given, images)
+            return images
+
+        return draw
+
+    def _not_finite(self, asked: SampleRequest, rows: range, noise: Array, given: Arrays, images: Array) -> EngineError:
+        """The error for images that are not finite: which one, and where it began."""
+        first = next(i for i, image in enumerate(images) if not np.isfinite(image).all())
+        states = self.states(noise, given)
+        bad = [i for i, state in enumerate(states) if not np.isfinite(state[first]).all()]
+        began = f"evaluation {bad[0]}" if bad else "the decoder"
+        return EngineError(
+            f"expected finite images; image {rows[first]} of seed {asked.seed} has NaN or infinity from {began} on; "
+            f"run: {shlex.join(['mteo-deploy', 'verify', str(self.bundle.path)])}"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from mteo_deploy.commands.common import (
 @click.option("--seed", type=int, default=0, show_default=True, help="Image i depends on (seed, i) only.")
 @click.option("--batch", type=int, default=16, show_default=True, help="Images per engine call.")
 @click.option("--size", help="HEIGHTxWIDTH of the state, if the bundle leaves them open [default: the backbone's own].")
-@click.option("-o", "--output", type=PATH, default=Path("grid.png"), show_default=True, help=".png (grid), .npz, or a folder.")
+@click.option("-o", "--output", default="grid.png", show_default=True, help=".png (grid), .npz, or a folder (end it in /).")
 @engine_option
 @device_option
 @realisation_option
@@ -54,7 +55,7 @@ def sample(
     seed: int,
     batch: int,
     size: str | None,
-    output: Path,
+    output: str,
     latents: bool,
     tile: int | None,
     prompt: tuple[str, ...],
@@ -77,27 +78,32 @@ def sample(
 
     from mteo_deploy import images
     from mteo_deploy import requests as given
+    from mteo_deploy.outputs import draw_into, settings_of
     from mteo_deploy.progress import reporter
-    from mteo_deploy.sampler import Sampler
+    from mteo_deploy.sampler import Sampler, SampleRequest
 
-    images.check_output(output)
+    place, folder = Path(output), output.endswith(("/", os.sep))
+    images.check_output(place, folder=folder)
     requests: dict[str, Any] = {} if request_file is None else given.read(request_file)
     requests |= {} if class_labels is None else {"class_labels": split_numbers("--class-labels", class_labels, int)}
     requests |= {} if guidance_scale is None else {given.GUIDANCE_SCALE: guidance_scale}
-    shape = None if size is None else parse_size(size)
+    texts = list(prompt) or None, list(negative_prompt) or None
+    asked = SampleRequest(num, seed, batch, requests, None if size is None else parse_size(size), latents, *texts, tile)
     with Sampler.load(bundle, **options) as sampler, reporter(quiet or as_json) as report:
-        images.check_output(output, sampler.bundle.image_shape_at(shape))
+        shape = sampler.bundle.shape_at(asked.size) if latents else sampler.bundle.image_shape_at(asked.size)
+        images.check_output(place, shape, folder)
         clock = time.perf_counter()
         task = report.task("sampling", num)
-        given_texts = {"prompt": list(prompt) or None, "negative_prompt": list(negative_prompt) or None}
-        drawn = sampler(num, seed, batch, lambda n: report.advance(task, n), requests, shape, latents, tile=tile, **given_texts)
+        settings = settings_of(sampler, asked, options["tables"])
+        there = draw_into(place, asked, settings, sampler.drawing(asked), lambda n: report.advance(task, n), folder)
         seconds, decoding = time.perf_counter() - clock, sampler.decoding
-    images.save(drawn, output)
     if as_json:
-        emit({"output": str(output), "num": num, "seed": seed, "batch": batch, "seconds": seconds, "decoding": decoding})
+        known = {"output": output, "num": num, "seed": seed, "batch": batch}
+        emit({**known, "there": there, "seconds": seconds, "decoding": decoding})
         return
     without = sampler.bundle.manifest.get("left_out", {}).get("decoder")
     share = f", {decoding / seconds:.0%} of it decoding" if sampler.bundle.decoder and not latents else ""
-    echo(f"{output}: {num} images of {len(sampler.plan.evaluations)} evaluations each in {seconds:.2f} s{share}")
+    made = f", {there} of them were there" if there else ""
+    echo(f"{output}: {num} images of {len(sampler.plan.evaluations)} evaluations each in {seconds:.2f} s{share}{made}")
     if without is not None:
         echo(f"these are latents: {without}")

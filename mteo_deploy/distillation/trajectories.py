@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -149,7 +150,7 @@ def reference_trajectories(
     _check_room(planned, cache, limit)
     solve = partial(_solve, adapter, fine, batch, substeps, processes, progress)
     if path is not None and processes.count == 1:
-        with whole_directory(path) as directory:
+        with _kept(path) as directory:
             solve(planned.mapped(directory))
         return Trajectories.load(path)
     found = Trajectories(noise, torch.zeros(none.shape), requests)
@@ -158,10 +159,21 @@ def reference_trajectories(
     if path is None:
         return found
     if processes.main:
-        with whole_directory(path) as directory:
+        with _kept(path) as directory:
             found.mapped(directory)
     processes.wait()
     return Trajectories.load(path)
+
+
+@contextmanager
+def _kept(path: Path) -> Iterator[Path]:
+    """A directory that becomes ``path``; where another run came first with the same trajectories, those stay."""
+    try:
+        with whole_directory(path) as directory:
+            yield directory
+    except InputError:
+        if not path.exists():
+            raise
 
 
 def _check_room(planned: Trajectories, cache: Path | None, limit: int | None) -> None:
