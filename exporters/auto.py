@@ -25,7 +25,8 @@ from mteo_deploy.exporters.export import export
 from mteo_deploy.exporters.options import SCALED
 from mteo_deploy.files import Scratch
 from mteo_deploy.numerics import relative_error
-from mteo_deploy.sampler import Array, Sampler, SampleRequest, noise_for
+from mteo_deploy.sample_request import SampleRequest
+from mteo_deploy.sampler import Array, Sampler, noise_for
 
 CANDIDATES = ("fp32", "fp32+bf16", "fp16", "bf16", "int8", "int8+bf16")
 """Types in the graphs and, behind a plus, what an engine may compute in where they say no less; from the finest. The first is

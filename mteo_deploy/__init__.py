@@ -24,6 +24,7 @@ _PUBLIC = {
     "export": "mteo_deploy.exporters.export",
     "build": "mteo_deploy.engines.build",
     "Sampler": "mteo_deploy.sampler",
+    "SampleRequest": "mteo_deploy.sample_request",
     "verify": "mteo_deploy.verification",
     "verify_engines": "mteo_deploy.comparison",
     "Budgets": "mteo_deploy.gates",
@@ -45,6 +46,7 @@ __all__ = [
     "EmbeddingSet",
     "MteoError",
     "Plan",
+    "SampleRequest",
     "Sampler",
     "__version__",
     "bench",
@@ -74,6 +76,7 @@ if TYPE_CHECKING:
     from mteo_deploy.inspection import inspect
     from mteo_deploy.plan import Plan, compile_plan
     from mteo_deploy.profiling import profile
+    from mteo_deploy.sample_request import SampleRequest
     from mteo_deploy.sampler import Sampler
     from mteo_deploy.verification import verify
 

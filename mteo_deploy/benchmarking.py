@@ -22,7 +22,8 @@ from mteo_deploy.numerics import relative_error
 from mteo_deploy.precision import HINTS, LABELS, parts, rank
 from mteo_deploy.progress import Reporter, reporter
 from mteo_deploy.requests import Arrays
-from mteo_deploy.sampler import Array, Sampler, SampleRequest, noise_for
+from mteo_deploy.sample_request import SampleRequest
+from mteo_deploy.sampler import Array, Sampler, noise_for
 from mteo_deploy.tradeoff import Point, Tradeoff
 from mteo_deploy.verification import environment
 

@@ -14,7 +14,8 @@ from mteo_deploy.precision import parts
 from mteo_deploy.prompts import open_tokenizers, tokenise
 from mteo_deploy.realisations import Stepwise
 from mteo_deploy.requests import Arrays
-from mteo_deploy.sampler import Sampler, SampleRequest
+from mteo_deploy.sample_request import SampleRequest
+from mteo_deploy.sampler import Sampler
 
 Array = NDArray[np.float32]
 

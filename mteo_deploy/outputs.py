@@ -271,7 +271,7 @@ class SingleFile:
             if images.kind_of(self.path) == "npz":
                 _write_npz(values, new)
             else:
-                new.write_bytes(images.png(images.tiled(values), scale=2))
+                new.write_bytes(images.png(images.tiled(np.asarray(values, np.uint8)), scale=2))
         if self._lock is not None:
             del values
             shutil.rmtree(self.partial, ignore_errors=True)

@@ -26,7 +26,8 @@ from mteo_deploy.errors import EngineError, InputError
 from mteo_deploy.images import check_output, kind_of, to_uint8
 from mteo_deploy.outputs import RECORD, draw_into
 from mteo_deploy.requests import Request, draw_all, draw_parts, take_all
-from mteo_deploy.sampler import Array, Sampler, SampleRequest, noise_for
+from mteo_deploy.sample_request import SampleRequest
+from mteo_deploy.sampler import Array, Sampler, noise_for
 
 SETTINGS = {"seed": 5, "batch": 4, "engine": "none"}
 ASKED = SampleRequest(num=10, seed=5, batch=4)

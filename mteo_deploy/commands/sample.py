@@ -80,7 +80,8 @@ def sample(
     from mteo_deploy import requests as given
     from mteo_deploy.outputs import draw_into, settings_of
     from mteo_deploy.progress import reporter
-    from mteo_deploy.sampler import Sampler, SampleRequest
+    from mteo_deploy.sample_request import SampleRequest
+    from mteo_deploy.sampler import Sampler
 
     place, folder = Path(output), output.endswith(("/", os.sep))
     images.check_output(place, folder=folder)
