@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import struct
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,12 +73,10 @@ class Checkpoint:
     variant: str | None = None
     is_sharded: bool = False
 
-    def types(self) -> dict[str, int]:
-        """How many tensors there are of each type."""
-        found: dict[str, int] = {}
-        for stored in self.tensors.values():
-            found[stored.dtype] = found.get(stored.dtype, 0) + 1
-        return dict(sorted(found.items()))
+    def to_json(self) -> dict[str, Any]:
+        """How many tensors are stored in each type, in which variant and in how many files."""
+        types = Counter(stored.dtype for stored in self.tensors.values())
+        return {"types": dict(sorted(types.items())), "variant": self.variant, "files": len(self.files)}
 
 
 def some(names: Iterable[str]) -> str:
@@ -99,7 +99,8 @@ def read_checkpoint(directory: Path, stem: str, what: str) -> Checkpoint:
     refuse_quantised(directory, what)
     variant = None if _present(directory, stem, None) else _only_variant(directory, stem, what)
     names, index = _names(stem, variant), directory / _names(stem, variant)[1]
-    is_sharded = index.exists() and (stem != "model" or not (directory / names[0]).exists())  # transformers: the file first
+    is_file = os.path.lexists(directory / names[0])
+    is_sharded = os.path.lexists(index) and not (stem == "model" and is_file)  # transformers reads the file first
     tensors = _shards(index, what) if is_sharded else _tensors(directory / names[0], what)
     files = sorted({stored.file for stored in tensors.values()})
     if not tensors:
@@ -145,7 +146,7 @@ def _names(stem: str, variant: str | None) -> tuple[str, str]:
 
 
 def _present(directory: Path, stem: str, variant: str | None) -> bool:
-    return any((directory / name).exists() for name in _names(stem, variant))
+    return any(os.path.lexists(directory / name) for name in _names(stem, variant))  # a link to nothing is not passed over
 
 
 def _only_variant(directory: Path, stem: str, what: str) -> str:

@@ -16,7 +16,7 @@ import torch
 from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.directory import INDEX, read_json
 from mteo_deploy.exporters.taken import CENTRED, SHIFTED, check_fields
-from mteo_deploy.exporters.weights import load_network
+from mteo_deploy.exporters.weights import check_finite, load_network
 
 CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 WITHOUT = "for a bundle that gives latents pass --latents to export"
@@ -86,6 +86,8 @@ def load_decoder(directory: Path, cls: str, channels: int, latents: str | None =
         raise InputError(f"expected a {cls} in {path}, as {INDEX} says; found {config['_class_name']}; {WITHOUT}")
     check_fields(getattr(diffusers, cls), config, str(path))
     vae = load_network(getattr(diffusers, cls), directory, unused=UNUSED)
+    used = (pair for pair in vae.named_parameters() if not pair[0].startswith(UNUSED))
+    check_finite(cls, directory, used)
     if vae.config.latent_channels != channels:
         raise InputError(
             f"expected a VAE of {channels} latent channels, as the backbone has; {directory} has {vae.config.latent_channels}; "

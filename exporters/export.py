@@ -38,6 +38,15 @@ def _versions(adapter: Adapter, pipeline: Pipeline) -> dict[str, str]:
     }
 
 
+def _weights(adapter: Adapter, pipeline: Pipeline) -> dict[str, Any]:
+    """How the weights of each part were stored, where we read them: types, variant, names converted or passed over."""
+    parts = {"backbone": [adapter.network]}
+    parts |= {"decoder": [pipeline.decoder.vae]} if pipeline.decoder else {}
+    parts |= {"text_encoder": list(pipeline.text_encoder.encoders)} if pipeline.text_encoder else {}
+    found = {name: [getattr(one, "weights_report", None) for one in networks] for name, networks in parts.items()}
+    return {name: [one for one in reports if one is not None] for name, reports in found.items()}
+
+
 def _manifest(
     adapter: Adapter,
     embeddings: EmbeddingSet,
@@ -86,6 +95,7 @@ def _manifest(
         if pipeline.text_encoder
         else None,
         "left_out": pipeline.left_out,
+        "weights": _weights(adapter, pipeline),
         "reference": reference,
         "compiler": compiled.to_json(),
     }

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from mteo_deploy.errors import InputError, border
 from mteo_deploy.exporters.base import Adapter
 from mteo_deploy.exporters.checkpoint import read_checkpoint
-from mteo_deploy.exporters.directory import PipelineDirectory
+from mteo_deploy.exporters.directory import PipelineDirectory, read_json
 from mteo_deploy.exporters.encoders import KINDS, SEEING, Kind, clip, supported
 from mteo_deploy.exporters.tokenizer import fit, load_tokenizer
-from mteo_deploy.exporters.weights import SAVE_AGAIN, check_loaded, check_report
+from mteo_deploy.exporters.weights import SAVE_AGAIN, check_finite, check_loaded, check_report, check_tied
 from mteo_deploy.prompts import Arrays, encode, request_inputs, tokenise
 from mteo_deploy.text import read_text, text_lines
 
@@ -181,9 +181,15 @@ def _encoder(directory: Path, cls: str) -> Any:
     import transformers
 
     checkpoint = read_checkpoint(directory, "model", cls)
+    config = read_json(directory / "config.json", f"the configuration of {cls}", SAVE_AGAIN)
     if (directory / "adapter_config.json").exists():  # which transformers would load beside the weights
         raise InputError(
             f"expected {cls} weights in {directory}; it has a PEFT adapter; `merge_and_unload()` and save it again"
+        )
+    if config.get("transformers_weights"):  # which transformers would load in their place
+        raise InputError(
+            f"expected {cls} weights in {directory} as model.safetensors; config.json names others in transformers_weights; "
+            "take that out of it"
         )
     # torch.export cannot follow the fused attention of T5; without a soft cap both compute the same
     options: dict[str, Any] = {"attn_implementation": "eager"} if "T5" in cls else {}
@@ -193,7 +199,11 @@ def _encoder(directory: Path, cls: str) -> Any:
         found, report = getattr(transformers, cls).from_pretrained(directory, **options, **reported)
     check_report(cls, directory, report, OTHER_HALVES.get(cls, OTHER_HALVES["other"]))
     check_loaded(cls, directory, found)
-    return found.model.language_model if cls in SEEING else found
+    used = found.model.language_model if cls in SEEING else found
+    check_finite(cls, directory, used.named_parameters())
+    check_tied(cls, checkpoint, {"shared.weight": "encoder.embed_tokens.weight"} if "T5" in cls else {})
+    used.weights_report = checkpoint.to_json()
+    return used
 
 
 @contextmanager

@@ -79,6 +79,9 @@ def load_network(cls: Any, directory: Path, unused: tuple[str, ...] = ()) -> Any
         network, report = cls.from_pretrained(found, **options)
     check_report(what, directory, report, unused)
     check_loaded(what, directory, network, unused)
+    ignored = sorted(stored.keys() - state.keys())
+    renamed = sum(old != new for old, new in names.items())
+    network.weights_report = {**checkpoint.to_json(), "renamed": renamed, "ignored": ignored}
     return network
 
 
@@ -191,6 +194,41 @@ def check_loaded(what: str, directory: Path, network: torch.nn.Module, unused: t
             f"expected {what} weights in floating point in {directory}; {some(others)} came as "
             f"{network.get_parameter(others[0]).dtype}; save the network again in float32"
         )
+
+
+def check_finite(what: str, directory: Path, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Refuse NaN and infinity, which half precision ends in where a weight or a training overflowed.
+
+    Raises:
+        InputError: that names the weights.
+    """
+    broken = [name for name, value in named if value.numel() and not all(bool(end.isfinite()) for end in value.aminmax())]
+    if broken:
+        raise InputError(
+            f"expected finite {what} weights in {directory}; {some(broken)} have NaN or infinity; fetch them again"
+        )
+
+
+def check_tied(what: str, checkpoint: Checkpoint, tied: Mapping[str, str]) -> None:
+    """Refuse weights that are one in the network and stored as two: which arrives depends on the library's version.
+
+    Args:
+        tied: name -> the name that it is one with.
+
+    Raises:
+        InputError: that names both.
+    """
+    for one, other in tied.items():
+        if one in checkpoint.tensors and other in checkpoint.tensors:
+            values = []
+            for name in (one, other):
+                with safe_open(checkpoint.tensors[name].file, "pt") as file:
+                    values.append(file.get_tensor(name))
+            if not torch.equal(*values):
+                raise InputError(
+                    f"expected {what} weights in {checkpoint.directory} with {one} and {other} alike, which are one; they "
+                    f"differ; {SAVE_AGAIN}"
+                )
 
 
 @contextmanager

@@ -18,13 +18,14 @@ import transformers
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DModel
 from families import redraw, save_pipeline
 from helpers import edit_json
-from pipelines import add_part, add_text, random_vae
+from pipelines import add_part, add_t5, add_text, random_vae
 from safetensors.torch import load_file, save_file
 from test_unet2d_condition import random_unet, save
 
 from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.base import load_backbone
 from mteo_deploy.exporters.decoder import load_decoder
+from mteo_deploy.exporters.export import export
 from mteo_deploy.exporters.text import _encoder
 
 NAME = "diffusion_pytorch_model.safetensors"
@@ -331,6 +332,9 @@ def test_a_vae_without_its_encoder(vae: Path) -> None:
     found = load_decoder(vae, "AutoencoderKL", 2)
     assert torch.equal(found(latents), expected(latents)) and found.to_json() == expected.to_json()
     assert not any(value.is_meta for value in found.parameters())
+    alter(vae, lambda state: {**state, "decoder.conv_in.bias": state["decoder.conv_in.bias"] / 0})
+    with pytest.raises(InputError, match=r"decoder\.conv_in\.bias have NaN or infinity"):
+        load_decoder(vae, "AutoencoderKL", 2)
     alter(vae, drop("decoder.conv_out.bias"))
     with pytest.raises(InputError, match=r"1 missing \(decoder\.conv_out\.bias\)"):
         load_decoder(vae, "AutoencoderKL", 2)
@@ -364,6 +368,7 @@ TEXT: dict[str, tuple[Callable[[State], State], str]] = {
     "shape": (lambda s: {**s, "text_projection.weight": torch.ones(3, 8)}, r"text_projection\.weight is \[3, 8\]"),
     "int8": (lambda s: {**s, "text_projection.weight": s["text_projection.weight"].to(torch.int8)}, "is of type I8"),
     "scale": (beside("text_projection.weight_scale", torch.ones(())), "quantised weights' scales"),
+    "NaN": (lambda s: {**s, "text_projection.weight": s["text_projection.weight"] / 0}, r"text_projection\.weight have NaN"),
 }
 
 
@@ -384,6 +389,41 @@ def test_other_directories_of_text_encoders(encoder: Path) -> None:
     (encoder / "adapter_config.json").write_text("{}")
     with pytest.raises(InputError, match="PEFT adapter"):
         _encoder(encoder, "CLIPTextModelWithProjection")
+    (encoder / "adapter_config.json").unlink()
+    edit_json(encoder / "config.json", lambda config: config.update(transformers_weights=second.name))
+    with pytest.raises(InputError, match="names others in transformers_weights"):
+        _encoder(encoder, "CLIPTextModelWithProjection")
+    (encoder / "model.safetensors").symlink_to(encoder / "nowhere")  # transformers would take the shards
+    with pytest.raises(InputError, match=r"model\.safetensors cannot be read \(found no regular file\)"):
+        _encoder(encoder, "CLIPTextModelWithProjection")
     edit_json(encoder / "config.json", lambda config: config.update(quantization_config=QUANTISED["gptq, 4 bits"]))
     with pytest.raises(InputError, match=r"quantised \(gptq, 4 bits\)"):
         _encoder(encoder, "CLIPTextModelWithProjection")
+
+
+def test_tied_embeddings(tmp_path: Path) -> None:
+    """T5's lie under either name, or both; as two different ones it is chance which arrives."""
+    (tmp_path / "model_index.json").write_text("{}")
+    add_t5(tmp_path, "", width=10)
+    directory = tmp_path / "text_encoder"
+    expected, state = transformers.T5EncoderModel.from_pretrained(directory), load_file(directory / "model.safetensors")
+    shared, name = state["shared.weight"], "encoder.embed_tokens.weight"
+    for change in (lambda s: {**drop("shared.weight")(s), name: shared}, beside("shared.weight", shared.clone())):
+        alter(directory, change, "model.safetensors")
+        assert_same(_encoder(directory, "T5EncoderModel"), expected)
+    alter(directory, beside(name, 2 * shared), "model.safetensors")
+    with pytest.raises(InputError, match="alike, which are one; they differ"):
+        _encoder(directory, "T5EncoderModel")
+    alter(directory, lambda s: drop(name)(drop("shared.weight")(s)), "model.safetensors")
+    with pytest.raises(InputError, match=r"2 missing \(encoder\.embed_tokens"):
+        _encoder(directory, "T5EncoderModel")
+
+
+def test_what_a_manifest_says(unet: Path, tmp_path: Path) -> None:
+    alter(unet, lambda state: with_old_names({name: value.half() for name, value in state.items()}))
+    bundle = export(tmp_path / "bundle", model=unet.parent, steps=1, plain=True, realisations=["baked"], quiet=True)
+    (found,) = bundle.manifest["weights"]["backbone"]
+    assert found["types"] == {"F16": len(load_file(unet / NAME))} and found["variant"] is None and found["ignored"] == []
+    assert found["renamed"] == sum(
+        name.endswith((".weight", ".bias")) and any(o in name for o in OLD.values()) for name in load_file(unet / NAME)
+    )
