@@ -228,8 +228,9 @@ def _check_arrived(lora: Lora, name: str, network: torch.nn.Module, wanted: Mapp
         raise InputError(f"expected LoRA weights for {some(drawn)} of {name} in {lora.file}; found none; fetch it again")
     if unscaled:
         for module in network.modules():
-            if isinstance(getattr(module, "scaling", None), dict) and hasattr(module, "lora_A"):
-                module.scaling = dict.fromkeys(module.scaling, 1.0)
+            scaling: Any = getattr(module, "scaling", None)
+            if isinstance(scaling, dict) and hasattr(module, "lora_A"):
+                scaling.update(dict.fromkeys(scaling, 1.0))
 
 
 def _content(value: torch.Tensor, meta: bool) -> bytes:
