@@ -29,13 +29,15 @@ from mteo_deploy.errors import InputError, border
 from mteo_deploy.exporters.checkpoint import refuse_quantised
 from mteo_deploy.exporters.directory import INDEX, WAY_OUT, PipelineDirectory
 from mteo_deploy.exporters.lora import Lora, Loras
+from mteo_deploy.exporters.scheduler_options import left_out
+from mteo_deploy.exporters.scheduler_plan import scheduler_plan
 from mteo_deploy.exporters.schedulers import noise_levels, scheduler_points
 from mteo_deploy.exporters.taken import check_fields, current_class
 from mteo_deploy.exporters.weights import SAVE_AGAIN, load_network, network_outline
 from mteo_deploy.hub import is_repository, license_of, model_directory
 from mteo_deploy.plan import Plan, compile_plan
 from mteo_deploy.requests import Arrays, Request, draw_all
-from mteo_deploy.schedules import SCHEDULER, Levels
+from mteo_deploy.schedules import SCHEDULER, Levels, given_points, steps_of
 
 NATIVE = (
     "def native(self, state, timestep, **requests): return self.network(state, timestep, **requests)  "
@@ -204,20 +206,51 @@ class Adapter(ABC, torch.nn.Module):
         gradient (Chen et al. 2016, arXiv 1604.06174). Gives whether it does so: some networks cannot."""
         yield False
 
-    def compile_plan(self, steps: int, solver: str = "euler", schedule: str | None = None) -> Plan:
+    def compile_plan(
+        self, steps: int | None = None, solver: str = "euler", schedule: str | Sequence[float] | None = None
+    ) -> Plan:
         """A plan for this backbone.
 
         Args:
-            schedule: a curve of :data:`mteo_deploy.schedules.SCHEDULES`, or ``scheduler`` for the time points of the pipeline's
-                own scheduler; None for the backbone's default.
+            steps: step count; None for that of a ``schedule`` of noise levels.
+            solver: out of :data:`mteo_deploy.solvers.SOLVERS`, or ``scheduler`` for the update of the pipeline's own scheduler,
+                with its options, on its time points.
+            schedule: a curve of :data:`mteo_deploy.schedules.SCHEDULES`, ``scheduler`` for the time points of the pipeline's
+                own scheduler, or ``steps + 1`` noise levels; None for the backbone's default.
 
         Raises:
             InputError: for arguments no plan can be made of.
         """
-        points = scheduler_points(self.scheduler_config, steps, self.image_tokens) if schedule == SCHEDULER else None
+        points, count = given_points(schedule), steps_of(schedule, steps)
+        if count is None:
+            raise InputError(
+                "expected --steps, or --schedule with a list of noise levels; found neither; pass for example --steps 4"
+            )
+        pipeline = "" if self.pipeline is None else self.pipeline.cls
+        if solver == SCHEDULER:
+            if schedule not in (None, SCHEDULER):
+                raise InputError(
+                    f"expected --solver scheduler on the scheduler's own time points; found --schedule {schedule}; leave it "
+                    "out, or pass --solver euler, or another of docs/solvers.md"
+                )
+            own = self.scheduler_config, count, self.levels, self.prediction_type
+            return scheduler_plan(*own, self.image_tokens, pipeline)
+        if schedule == SCHEDULER:
+            points = scheduler_points(self.scheduler_config, count, self.image_tokens, pipeline)
         return compile_plan(
-            self.levels, steps=steps, solver=solver, schedule=schedule, prediction_type=self.prediction_type, points=points
+            self.levels,
+            steps=count,
+            solver=solver,
+            schedule=schedule if points is None or schedule == SCHEDULER else None,
+            prediction_type=self.prediction_type,
+            points=points,
         )
+
+    def scheduler_left_out(self, solver: str) -> str | None:
+        """What the pipeline's own scheduler does and a plan of ``solver`` does not, in words; None for nothing."""
+        found = [] if solver == SCHEDULER else left_out(self.scheduler_config)
+        name = self.scheduler_config["_class_name"]
+        return f"not in the plan of {solver}: {' and '.join(found)}, as {name} has it" if found else None
 
     def at_timestep(self, state: torch.Tensor, timestep: float, **requests: torch.Tensor) -> torch.Tensor:
         """The network with its own, ordinary time conditioning."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,13 @@ from mteo_deploy import assets
 from mteo_deploy.embeddings import EmbeddingSet
 from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.base import Adapter
+from mteo_deploy.schedules import steps_of
 from mteo_deploy.solvers import canonical
 
 
-def pretrained_set(adapter: Adapter, steps: int, solver: str, schedule: str | None = None) -> EmbeddingSet:
+def pretrained_set(
+    adapter: Adapter, steps: int | None, solver: str, schedule: str | Sequence[float] | None = None
+) -> EmbeddingSet:
     """The embedding set of zero deltas: the plain solver."""
     plan = adapter.compile_plan(steps, solver, schedule)
     deltas = {site.name: np.zeros((len(plan.evaluations), site.width), np.float32) for site in adapter.sites}
@@ -25,7 +29,7 @@ def choose(
     embeddings: Path | EmbeddingSet | None,
     steps: int | None,
     solver: str | None,
-    schedule: str | None,
+    schedule: str | Sequence[float] | None,
     plain: bool,
     adapter: Adapter,
 ) -> EmbeddingSet:
@@ -39,7 +43,7 @@ def choose(
     if plain and embeddings is not None:
         raise InputError("expected --embeddings FILE or --plain (nothing learned); found both; leave one out")
     if plain:
-        chosen = pretrained_set(adapter, 4 if steps is None else steps, solver or "euler", schedule)
+        chosen = pretrained_set(adapter, steps_of(schedule, steps, 4), solver or "euler", schedule)
     elif isinstance(embeddings, EmbeddingSet):
         chosen = embeddings
     elif embeddings is not None:

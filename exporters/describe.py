@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from mteo_deploy.exporters.base import Adapter, site_dict
 from mteo_deploy.exporters.passes.binding_time import BindingTime
+from mteo_deploy.exporters.scheduler_options import left_out
 from mteo_deploy.schedules import FlowLevels
 
 SHAPE_ONLY = {
@@ -114,8 +115,8 @@ def describe(adapter: Adapter) -> dict[str, Any]:
         its parts are ``left_out`` of a bundle, and why; ``baking``: how many of them are ``removed``, used once per request
         (``prelude``), and left in the ``steps``, or why that is ``unknown``; ``sites`` with their widths, and how many
         ``pretrained`` embeddings they share; ``requests``; ``prediction_type`` and ``levels``, the noise (flow matching: time)
-        that sampling runs through; ``sample_shape``, and what other ``sizes`` are multiples of, ``fixed`` by export or left
-        ``open``.
+        that sampling runs through; ``scheduler``: its class, and what only it does (its ``own``); ``sample_shape``, and what
+        other ``sizes`` are multiples of, ``fixed`` by export or left ``open``.
     """
     levels, device = adapter.levels, next(adapter.parameters()).device
     with torch.no_grad():
@@ -134,6 +135,7 @@ def describe(adapter: Adapter) -> dict[str, Any]:
         "requests": [request.to_json() for request in adapter.requests],
         "tokens": adapter.tokens,
         "prediction_type": adapter.prediction_type,
+        "scheduler": {"class": adapter.scheduler_config["_class_name"], "own": left_out(adapter.scheduler_config)},
         "levels": {
             "low": levels.low,
             "high": levels.high,

@@ -71,6 +71,10 @@ def _manifest(
             "sample_shape": list(adapter.sample_shape),
             "size_multiple": adapter.size_multiple,
             "prediction_type": adapter.prediction_type,
+            "scheduler": {
+                "class": adapter.scheduler_config["_class_name"],
+                "left_out": adapter.scheduler_left_out(plan.solver),
+            },
         },
         "embeddings": {
             "file": "embeddings.safetensors",
@@ -108,7 +112,7 @@ def export(
     embeddings: Path | str | EmbeddingSet | None = None,
     steps: int | None = None,
     solver: str | None = None,
-    schedule: str | None = None,
+    schedule: str | Sequence[float] | None = None,
     plain: bool = False,
     guidance_scale: float | None = None,
     null_class: int | None = None,
@@ -136,8 +140,9 @@ def export(
             the packaged backbone.
         embeddings: embedding set or its file; None for the packaged set of ``steps`` and ``solver``.
         steps: step count; None for the set's own (4 for the packaged sets).
-        solver: which packaged set, or the plain solver; None for the set that there is, or plain Euler.
-        schedule: of the plain solver's time points; None for the backbone's default.
+        solver: which packaged set, or the plain solver, ``scheduler`` for the pipeline's own; None for the set that there is,
+            or plain Euler.
+        schedule: of the plain solver's time points: a name, or ``steps + 1`` noise levels; None for the backbone's default.
         plain: use the pretrained embeddings unchanged (the plain solver).
         guidance_scale: of classifier-free guidance, where a request names no other; None for what the embedding set was learned
             at, or for no guidance with ``plain``.

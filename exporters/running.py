@@ -117,17 +117,16 @@ class Trajectories:
             crossing: request inputs and the prelude's outputs.
             feeds: to which what each evaluation takes in is appended.
         """
-        state, history, states = noise * np.float32(self.steps.plan.initial_scale), list[NDArray[Any]](), []
+        state, history, states = noise * np.float32(self.steps.plan.initial_scale), list[NDArray[Any] | None](), []
         for i, run in enumerate(runs):
             given: dict[str, NDArray[Any]] = {"state": state, **crossing}
-            given |= {f"history_{lag}": value for lag, value in enumerate(history, start=1)}
+            given |= {f"history_{lag}": value for lag, value in enumerate(history, start=1) if value is not None}
             given |= {name: crossing[source] for name, source in self._sources(i).items()}
             if feeds is not None:
                 feeds.append(given)
             outputs = run(given)
             state = outputs["next_state"]
-            if "kept" in outputs:
-                history.insert(0, outputs["kept"])
+            history.insert(0, outputs.get("kept"))
             states.append(state)
         return states
 

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mteo_deploy.errors import InputError
+from mteo_deploy.errors import InputError, border
+from mteo_deploy.exporters.scheduler_options import EDM, FLOW, class_name, open_scheduler, short
 from mteo_deploy.schedules import EDMLevels, FlowLevels, Levels, NoiseLevels
 
+Config = Mapping[str, Any]
 
-def noise_levels(config: dict[str, Any], tokens: int | None = None) -> tuple[Levels, str]:
+LEAST = 2.0**-24
+"""Of ``abar``, where a schedule ends in noise alone: diffusers' multistep solvers put this there; sigma has no end else."""
+
+SAME_LEVELS = {"DPMSolverSDEScheduler": "KDPM2DiscreteScheduler"}
+"""Classes that need another package, torchsde, and the class with the same betas that needs none."""
+
+UNIFORM = {"FluxPipeline", "Lumina2Pipeline", "Lumina2Text2ImgPipeline", "QwenImagePipeline"}
+"""Pipelines that hand their scheduler the times 1, .., 1/steps, which it then shifts; others leave times to the scheduler."""
+
+
+def noise_levels(config: Config, tokens: int | None = None) -> tuple[Levels, str]:
     """Noise levels and prediction type: of flow matching, of EDM, or of a DDPM-type schedule.
 
     Args:
@@ -19,107 +33,168 @@ def noise_levels(config: dict[str, Any], tokens: int | None = None) -> tuple[Lev
             scheduler was made for.
 
     Raises:
-        InputError: for a schedule or prediction type that is not supported.
+        InputError: for a class, an option or a value that is not understood, by name.
     """
-    name, prediction_type = _class_name(config), config.get("prediction_type", "epsilon")
-    if name.startswith("FlowMatch"):
-        if config.get("invert_sigmas"):
-            raise InputError(f"expected a {name} whose sigmas fall; found invert_sigmas, not supported")
-        return FlowLevels(_shift(config, tokens), float(config.get("num_train_timesteps", 1000))), "flow_prediction"
+    name = class_name(config)
+    scheduler = open_scheduler(config, SAME_LEVELS.get(name))
+    options = scheduler.config
+    prediction_type = options.get("prediction_type", "epsilon")
+    if name in FLOW:
+        if options.get("invert_sigmas"):
+            raise InputError(f"expected a {name} whose sigmas fall; found invert_sigmas, not supported; leave it out")
+        return FlowLevels(_shift(options, tokens), float(options["num_train_timesteps"])), "flow_prediction"
+    if name in EDM:
+        return _edm_levels(name, options), "edm"
+    if bool(options.get("use_flow_sigmas")) != (prediction_type == "flow_prediction"):
+        raise InputError(
+            f"expected use_flow_sigmas of {name} together with prediction_type flow_prediction; found "
+            f"{bool(options.get('use_flow_sigmas'))} with {prediction_type}; change either in scheduler_config.json"
+        )
     if prediction_type == "flow_prediction":
-        if not config.get("use_flow_sigmas"):
-            raise InputError(f"expected a {name} with use_flow_sigmas for prediction type flow_prediction; found none")
-        return FlowLevels(float(config.get("flow_shift", 1.0)), float(config.get("num_train_timesteps", 1000))), prediction_type
-    if name.startswith("EDM"):
-        if prediction_type != "epsilon":
-            raise InputError(f"expected prediction type epsilon of {name}; found {prediction_type!r}")
-        values = {to: float(config[key]) for to, key in _EDM.items() if key in config}
-        return EDMLevels(**values), "edm"
-    return NoiseLevels.from_alphas_cumprod(_alphas_cumprod(config)), prediction_type
+        return FlowLevels(_shift(options, tokens, "flow_shift"), float(options["num_train_timesteps"])), prediction_type
+    sigmas = _sigmas(name, scheduler)
+    if options.get("timestep_type") == "continuous" and prediction_type == "v_prediction":  # of others diffusers passes it over
+        low, high = options.get("sigma_min") or sigmas[0], options.get("sigma_max") or sigmas[-1]
+        return EDMLevels(*_range(name, low, high), sigma_data=1.0), prediction_type
+    return NoiseLevels(sigmas), prediction_type
 
 
-def _dynamic(config: dict[str, Any], tokens: int | None) -> float | None:
+def _range(name: str, low: float, high: float) -> tuple[float, float]:
+    if not 0 < low < high:
+        raise InputError(
+            f"expected 0 < sigma_min < sigma_max of {name}; found {low:g} and {high:g}; change scheduler_config.json"
+        )
+    return float(low), float(high)
+
+
+def _edm_levels(name: str, options: Config) -> EDMLevels:
+    if options["prediction_type"] != "epsilon":
+        raise InputError(
+            f"expected prediction_type epsilon of {name}; found {options['prediction_type']!r}, not supported; take a network "
+            "with EDM's own preconditioning"
+        )
+    return EDMLevels(*_range(name, options["sigma_min"], options["sigma_max"]), float(options["sigma_data"]))
+
+
+def _dynamic(options: Config, tokens: int | None) -> float | None:
     """``mu``, linear in the number of tokens (diffusers' ``calculate_shift``); None for a fixed shift."""
-    if not config.get("use_dynamic_shifting"):
+    if not options.get("use_dynamic_shifting"):
         return None
-    few, many = float(config.get("base_image_seq_len", 256)), float(config.get("max_image_seq_len", 4096))
-    least, most = float(config.get("base_shift", 0.5)), float(config.get("max_shift", 1.15))
+    few, many = float(options.get("base_image_seq_len", 256)), float(options.get("max_image_seq_len", 4096))
+    least, most = float(options.get("base_shift", 0.5)), float(options.get("max_shift", 1.15))
+    if few == many:
+        raise InputError("expected base_image_seq_len and max_image_seq_len to differ; change scheduler_config.json")
     return least + (most - least) * ((many if tokens is None else tokens) - few) / (many - few)
 
 
-def _shift(config: dict[str, Any], tokens: int | None) -> float:
+def _shift(options: Config, tokens: int | None, fixed: str = "shift") -> float:
     """The shift of times, for one size: with ``mu`` it is ``exp(mu)``, or ``mu`` for ``time_shift_type`` linear."""
-    mu = _dynamic(config, tokens)
+    mu = _dynamic(options, tokens)
     if mu is None:
-        return float(config.get("shift", 1.0))
-    return mu if config.get("time_shift_type") == "linear" else float(np.exp(mu))
+        return float(options[fixed])
+    return mu if options.get("time_shift_type") == "linear" else float(np.exp(mu))
 
 
-_EDM = {"low": "sigma_min", "high": "sigma_max", "sigma_data": "sigma_data"}
+def _sigmas(name: str, scheduler: Any) -> NDArray[np.float64]:
+    """Noise levels of a table of betas, lowest first.
+
+    Raises:
+        InputError: where they do not rise.
+    """
+    abar = np.asarray(scheduler.alphas_cumprod.double().numpy())
+    with np.errstate(divide="ignore", invalid="ignore"):
+        sigmas = np.sqrt((1 - abar) / abar)
+    rises = np.isfinite(sigmas[:-1]).all() and sigmas[0] > 0 and (np.diff(sigmas[:-1]) > 0).all()
+    if rises and abar[-1] in (0, LEAST):  # the end of noise alone; what comes before may have more than diffusers puts there
+        end = np.sqrt((1 - LEAST) / LEAST)
+        sigmas = np.minimum(np.append(sigmas[:-1], end), end * (1 - 1e-6 * np.arange(len(sigmas))[::-1]))
+    if rises and np.isfinite(sigmas[-1]) and (np.diff(sigmas) > 0).all():
+        return np.asarray(sigmas)
+    options = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+    found = ", ".join(f"{option} {short(scheduler.config.get(option))}" for option in options)
+    raise InputError(
+        f"expected betas of {name} by which the noise rises at every timestep; found {found}; change scheduler_config.json"
+    )
 
 
-def _class_name(config: dict[str, Any]) -> str:
-    return str(config.get("_class_name", "DDPMScheduler"))
+def at_work(config: Config, steps: int, tokens: int | None = None, pipeline: str = "") -> Any:
+    """The scheduler with its timesteps set for ``steps``, as the pipeline of that class sets them.
+
+    Raises:
+        InputError: for a configuration that is not understood, or one that does not take that many steps.
+    """
+    scheduler = open_scheduler(config)
+    name, mu = class_name(config), _dynamic(scheduler.config, tokens)
+    if steps < 1:
+        raise InputError(f"expected steps of 1 or more of {name}; found {steps} steps; pass another --steps")
+    given: dict[str, Any] = {} if mu is None else {"mu": mu}
+    if pipeline in UNIFORM and not scheduler.config.get("use_flow_sigmas"):
+        given["sigmas"] = np.linspace(1.0, 1 / steps, steps)
+    with (
+        border(f"{name} has no time points for {steps} steps", "pass another --steps, --solver or --schedule"),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        scheduler.set_timesteps(steps, **given)
+    return scheduler
 
 
-def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if not key.startswith("_")}
+def level_at(scheduler: Any, timestep: int) -> float:
+    """The noise level of one of a table of betas' timesteps; before the first it is the one a scheduler ends at."""
+    final = getattr(scheduler, "final_alpha_cumprod", 1.0)
+    abar = float(final if timestep < 0 else scheduler.alphas_cumprod[timestep]) or LEAST
+    return float(np.sqrt((1 - abar) / abar))
 
 
-LEAST = 2.0**-24
-"""Of ``abar``, where a schedule ends in noise alone: diffusers' multistep solvers put this there; sigma has no end else."""
+def last_timestep(scheduler: Any) -> int:
+    """The timestep that the last step goes to: below 0 for none.
+
+    DDIM's and PNDM's steps are ``timesteps // steps`` long, wherever their timesteps lie.
+    """
+    if type(scheduler).__name__ == "TCDScheduler":
+        return 0
+    if not hasattr(scheduler, "final_alpha_cumprod") or hasattr(scheduler, "step_index"):
+        return -1
+    return int(scheduler.timesteps[-1]) - int(scheduler.config.num_train_timesteps) // int(scheduler.num_inference_steps)
 
 
-def _alphas_cumprod(config: dict[str, Any]) -> NDArray[np.float64]:
-    import diffusers
+def points_of(scheduler: Any, steps: int) -> list[float]:
+    """The ``steps + 1`` noise levels (of flow matching, times) of a scheduler at work, highest first.
 
-    own = _class_name(config) if _class_name(config).startswith("CogVideoX") else "DDPMScheduler"  # its snr_shift_scale
-    try:
-        scheduler = getattr(diffusers, own).from_config({**_plain(config), "_class_name": own})
-    except (AttributeError, NotImplementedError, ValueError, TypeError) as error:
-        raise InputError(f"expected a noise schedule that diffusers' {own} knows; {error}") from None
-    return np.maximum(np.asarray(scheduler.alphas_cumprod.double().numpy()), LEAST)
+    Raises:
+        InputError: where there are more or fewer, or they do not fall.
+    """
+    if hasattr(scheduler, "sigmas"):
+        found = np.asarray(scheduler.sigmas, dtype=np.float64)[: len(scheduler.timesteps) + 1]
+        *points, last = found[np.r_[True, np.diff(found[:-1]) != 0, True]].tolist()  # two evaluations of one are named twice
+    else:
+        timesteps = getattr(scheduler, "_timesteps", None)  # PNDM's, without those that it doubles
+        timesteps = scheduler.timesteps.numpy() if timesteps is None else timesteps[::-1]
+        points, last = [level_at(scheduler, int(t)) for t in timesteps], level_at(scheduler, last_timestep(scheduler))
+    points.append(last if last < points[-1] * (1 - 1e-6) else 0.0)  # a step to where it is: what it leaves is the image
+    name = type(scheduler).__name__
+    if len(points) != steps + 1:
+        raise InputError(
+            f"expected {steps + 1} noise levels of {name}; found {len(points)}; pass another --steps, --solver or --schedule"
+        )
+    if not (np.isfinite(points).all() and (np.diff(points) < 0).all()):
+        raise InputError(
+            f"expected noise levels of {name} that fall; found {[f'{point:.4g}' for point in points]}; pass another --steps or "
+            "--schedule"
+        )
+    return points
 
 
-def scheduler_points(config: dict[str, Any], steps: int, tokens: int | None = None) -> list[float]:
+def scheduler_points(config: Config, steps: int, tokens: int | None = None, pipeline: str = "") -> list[float]:
     """The ``steps + 1`` noise levels (of flow matching, times) that the pipeline's own scheduler would use, highest first.
 
     The last is zero where the scheduler goes on to a clean image.
 
     Args:
         tokens: as for :func:`noise_levels`.
+        pipeline: the pipeline's class; some hand their scheduler the times.
 
     Raises:
-        InputError: for a scheduler that diffusers does not have, or that does not take that many steps.
+        InputError: for a scheduler that is not understood, or that does not take that many steps.
     """
-    import diffusers
-
-    name = _class_name(config)
-    cls = getattr(diffusers, name, None)
-    if cls is None:
-        raise InputError(
-            f"expected a scheduler class of diffusers for --schedule scheduler; found {name!r}; pass another --schedule"
-        )
-    mu = _dynamic(config, tokens)
-    try:
-        scheduler = cls.from_config(config)
-        scheduler.set_timesteps(steps, **({} if mu is None else {"mu": mu}))
-    except (NotImplementedError, ValueError, TypeError, AssertionError, ZeroDivisionError) as error:
-        raise InputError(f"{name} has no time points for {steps} steps ({error}); pass another --steps or --schedule") from None
-    sigmas = getattr(scheduler, "sigmas", None)
-    if sigmas is None:
-        points = _from_timesteps(config, scheduler)
-    else:
-        found = np.asarray(sigmas, dtype=np.float64)
-        points = found[np.r_[True, np.diff(found) != 0]].tolist()  # schedulers of two evaluations name each twice
-    if len(points) != steps + 1:
-        raise InputError(f"expected {steps + 1} noise levels of {name}; found {len(points)}; pass another --schedule")
-    return points
-
-
-def _from_timesteps(config: dict[str, Any], scheduler: Any) -> list[float]:
-    """DDIM and its like: noise levels of the integer timesteps, and the one after the last."""
-    abar = _alphas_cumprod(config)
-    final = float(getattr(scheduler, "final_alpha_cumprod", 1.0))
-    at = np.array([*abar[scheduler.timesteps.numpy()], final], dtype=np.float64)
-    return list(np.sqrt((1 - at) / at))
+    return points_of(at_work(config, steps, tokens, pipeline), steps)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -182,7 +182,7 @@ def compile_plan(
     """Compile schedule and solver to a plan for a backbone trained at ``levels``.
 
     Args:
-        schedule: out of :data:`mteo_deploy.schedules.SCHEDULES`; None for the default of ``levels``.
+        schedule: out of :data:`mteo_deploy.schedules.SCHEDULES`; None for the default of ``levels``, or ``given`` with points.
         sigma_max, sigma_min: noise levels of the first and last time point; by default those of ``levels``.
         points: ``steps + 1`` noise levels, highest first, in place of the schedule's, which then is only a name. The last may
             be zero.
@@ -192,7 +192,7 @@ def compile_plan(
             not go with flow matching.
     """
     method = solvers.get(solver)
-    schedule = schedule or levels.default_schedule
+    schedule = schedule or (levels.default_schedule if points is None else schedules.GIVEN)
     if isinstance(levels, FlowLevels) and method.keeps == "D":
         usable = ", ".join(
             name for name, one in solvers.SOLVERS.items() if one.keeps == "d" and not name.startswith("deis-log")
@@ -202,6 +202,8 @@ def compile_plan(
         sigma_max = levels.high if sigma_max is None else sigma_max
         sigma_min = levels.low if sigma_min is None else sigma_min
         points = schedules.grid(schedule, steps, sigma_max, sigma_min, levels).tolist()
+    if len(points) != steps + 1:
+        raise InputError(f"expected {steps + 1} noise levels for {steps} steps; found {len(points)}")
     _check_range(points, levels)
     grid = np.asarray(points, dtype=np.float64)
     traced = solvers.trace(method, grid)
@@ -243,7 +245,7 @@ def _check_range(points: Sequence[float], levels: Levels) -> None:
     if not all(a > b for a, b in itertools.pairwise(points)):
         raise InputError(f"expected noise levels that fall from one time point to the next; found {list(points)}")
     low, high = levels.limits
-    if points[0] > high * 1.0001 or 0 < points[-1] < low * 0.9999:
+    if not np.isfinite(points).all() or points[0] > high * 1.0001 or points[-1] < 0 or 0 < points[-1] < low * 0.9999:
         raise InputError(
             f"expected noise levels inside the backbone's [{low:.4g}, {high:.4g}]; found [{points[-1]:.4g}, {points[0]:.4g}]"
         )
@@ -283,8 +285,8 @@ def default_substeps(plan: Plan) -> int:
 
 
 def reference_plan(plan: Plan, levels: Levels, substeps: int, solver: str = "heun") -> Plan:
-    """The reference trajectory's plan: ``substeps`` intervals inside each interval of ``plan``."""
-    return compile_plan(
+    """The reference trajectory's plan: ``substeps`` intervals inside each interval of ``plan``, from the same first state."""
+    fine = compile_plan(
         levels,
         steps=plan.steps * substeps,
         solver=solver,
@@ -292,3 +294,4 @@ def reference_plan(plan: Plan, levels: Levels, substeps: int, solver: str = "heu
         prediction_type=plan.prediction_type,
         points=schedules.refine(np.asarray(plan.sigmas), substeps, levels.rho).tolist(),
     )
+    return replace(fine, initial_scale=plan.initial_scale)

@@ -6,7 +6,9 @@ lie inside the plan's own intervals (:func:`refine`), so its grid contains the p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -173,6 +175,54 @@ SCHEDULES: dict[str, Schedule] = {"polynomial": polynomial, "logsnr": log_unifor
 
 SCHEDULER = "scheduler"
 """The time points of the pipeline's own diffusers scheduler: not a curve, known only where diffusers is."""
+GIVEN = "given"
+"""The name of a schedule whose time points somebody gave."""
+
+
+def given_points(schedule: str | Sequence[float] | None) -> list[float] | None:
+    """The noise levels of a schedule that is a list of them, as numbers or as text with commas; None for the name of one.
+
+    Raises:
+        InputError: for a list that is none of falling noise levels, the last of which may be 0.
+    """
+    if schedule is None or (isinstance(schedule, str) and "," not in schedule and not _is_number(schedule)):
+        return None
+    parts = [part.strip() for part in schedule.split(",")] if isinstance(schedule, str) else list(schedule)
+    if wrong := [part for part in parts if not _is_number(part)]:
+        raise InputError(f"expected a schedule's name, or noise levels by comma, as in 14.6,2.5,0.6,0; found {wrong[0]!r}")
+    points = [float(part) for part in parts]
+    falling = all(a > b for a, b in itertools.pairwise(points))
+    if len(points) < 2 or not (falling and math.isfinite(points[0]) and points[-1] >= 0):
+        raise InputError(
+            "expected noise levels that fall from one time point to the next, two or more, the last 0 or above; found "
+            f"{', '.join(f'{point:g}' for point in points)}; the highest comes first"
+        )
+    return points
+
+
+def _is_number(text: object) -> bool:
+    try:
+        float(text)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return False
+    return not isinstance(text, bool)
+
+
+def steps_of(schedule: str | Sequence[float] | None, steps: int | None, default: int | None = None) -> int | None:
+    """The step count: what is asked for, or what a list of noise levels has, or ``default``.
+
+    Raises:
+        InputError: when the list has another count.
+    """
+    points = given_points(schedule)
+    if points is None:
+        return default if steps is None else steps
+    if steps is not None and steps != len(points) - 1:
+        raise InputError(
+            f"expected {steps + 1} noise levels for {steps} steps; found {len(points)}; pass --steps {len(points) - 1}, or "
+            "leave it out"
+        )
+    return len(points) - 1
 
 
 def grid(schedule: str, intervals: int, sigma_max: float, sigma_min: float, levels: Levels) -> Array:

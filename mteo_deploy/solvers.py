@@ -258,7 +258,8 @@ def get(name: str) -> Solver:
     """
     solver = SOLVERS.get(canonical(name))
     if solver is None:
-        raise InputError(f"expected a solver out of {', '.join(SOLVERS)}; found {name!r}")
+        own = ", or scheduler for the pipeline's own where its plan is compiled" if name != "scheduler" else " here"
+        raise InputError(f"expected a solver out of {', '.join(SOLVERS)}{own}; found {name!r}")
     return solver
 
 

@@ -24,9 +24,12 @@ from mteo_deploy.commands.common import (
 
 @click.command()
 @backbone_options
-@click.option("--steps", type=int, default=4, show_default=True, help="Steps of the schedule.")
-@click.option("--solver", default="euler", show_default=True, help="euler (DDIM), unipc-2, ...: docs/solvers.md.")
-@click.option("--schedule", help="polynomial, logsnr, time-uniform, scheduler (the pipeline's) [default: the backbone's].")
+@click.option("--steps", type=int, help="Steps of the schedule [default: 4, or what a list of noise levels has].")
+@click.option("--solver", default="euler", show_default=True, help="euler (DDIM), unipc-2, scheduler, ...: docs/solvers.md.")
+@click.option(
+    "--schedule",
+    help="polynomial, logsnr, time-uniform, scheduler (the pipeline's), or noise levels by comma [default: the backbone's].",
+)
 @click.option("-o", "--output", type=PATH, required=True, help="Embedding set to write (.safetensors).")
 @click.option("--trajectories", type=int, default=1024, show_default=True, help="Reference trajectories to learn from.")
 @click.option("--iterations", type=int, default=400, show_default=True)
@@ -66,7 +69,7 @@ def distill(
     lora: tuple[str, ...],
     controlnet: bool,
     leave_out: tuple[str, ...],
-    steps: int,
+    steps: int | None,
     solver: str,
     schedule: str | None,
     output: Path,
@@ -95,11 +98,12 @@ def distill(
     from mteo_deploy.distillation import Recipe
     from mteo_deploy.distillation import distill as run
     from mteo_deploy.distillation.parallel import is_main
+    from mteo_deploy.schedules import steps_of
 
     result = run(
         open_backbone(model, adapter, size, tokens, lora, controlnet, leave_out=leave_out) or assets.MODEL,
         output,
-        steps=steps,
+        steps=steps_of(schedule, steps, 4),
         solver=solver,
         schedule=schedule,
         recipe=Recipe(**recipe, learn=tuple(split_names(learn)), keep=tuple(split_names(keep))),
@@ -116,6 +120,8 @@ def distill(
     if not is_main():
         return
     training = result.training
+    if note := training.get("scheduler_left_out"):
+        echo(f"note: {note}", err=True)
     if as_json:
         emit({"output": str(output), "sha256": result.sha256(), **training})
         return

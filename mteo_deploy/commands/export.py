@@ -27,11 +27,13 @@ from mteo_deploy.text import command
 
 @click.command()
 @click.option("--steps", type=int, help="Step count [default: the embedding set's own; 4 for the packaged ones].")
-@click.option("--solver", help="Which packaged set, or the plain solver [default: the set that there is; euler].")
+@click.option(
+    "--solver", help="Which packaged set, or the plain solver, scheduler for the pipeline's [default: the set's; euler]."
+)
 @backbone_options
 @click.option("--embeddings", type=PATH, help="Embedding set made by distill [default: the packaged one].")
 @click.option("--plain", is_flag=True, help="Pretrained embeddings, nothing learned: the plain solver.")
-@click.option("--schedule", help="Time points of the plain solver, as in distill [default: the backbone's].")
+@click.option("--schedule", help="Time points of the plain solver, a name or a list as in distill [default: the backbone's].")
 @click.option("--guidance-scale", type=FINITE, help="With --plain: classifier-free guidance [default: the set's own, or none].")
 @null_class_option
 @click.option("--realisation", "realisations", multiple=True, help="baked, table or fused; repeatable [default: all].")
@@ -100,6 +102,8 @@ def export(
     else:
         bundle = run(output, precision=precision, engine=engine, **common)
     compiler = bundle.manifest["compiler"]
+    if note := bundle.manifest["backbone"]["scheduler"]["left_out"]:
+        echo(f"note: {note}", err=True)
     if as_json:
         emit({"bundle": str(output), "seconds": bundle.manifest["export_seconds"], "compiler": compiler})
         return

@@ -55,6 +55,8 @@ def _show_backbone(found: dict[str, Any]) -> None:
         f"predicts   {found['prediction_type']}, noise {levels['high']:.6g} to {levels['low']:.6g}, schedule "
         f"{levels['schedule']}{shift}"
     )
+    own = f"; no plan of another solver has its {' and '.join(found['scheduler']['own'])}" if found["scheduler"]["own"] else ""
+    echo(f"scheduler  {found['scheduler']['class']}{own}")
     shapes = [f"{r['name']} {r['dtype']} [{', '.join(map(str, r['shape']))}]" for r in requests]
     echo(f"requests   {'; '.join(shapes) or 'none'}")
     counts = {time: f"{number:,} ({number / found['parameters']:.1%})" for time, number in baking.items() if time != "unknown"}

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mteo_deploy.errors import InputError
 from mteo_deploy.plan import Plan, compile_plan
-from mteo_deploy.schedules import Levels
+from mteo_deploy.schedules import SCHEDULER, Levels
 
 Array = NDArray[np.float64]
 SCHEDULE = "learned"
@@ -50,13 +50,17 @@ class LearnedPlan(torch.nn.Module):
     numbers, so they stay in order between the first and the last. Coefficients: a factor ``1 + p`` on each carry and weight.
 
     Raises:
-        InputError: when there is no point between the first and the last to learn.
+        InputError: when there is no point between the first and the last to learn, or the solver is a scheduler's own.
     """
 
     def __init__(self, plan: Plan, levels: Levels, learn: Collection[str]) -> None:
         super().__init__()
         if "points" in learn and plan.steps < 2:
             raise InputError("expected --steps of 2 or more with --learn points: one step has no point between its ends")
+        if "points" in learn and plan.solver == SCHEDULER:
+            raise InputError(
+                "expected --learn points with a solver of docs/solvers.md; found scheduler, whose points are its own"
+            )
         self.start, self.levels = plan, levels
         roots = np.asarray(plan.sigmas) ** (1 / levels.rho)
         gaps = torch.from_numpy(-np.diff(roots))

@@ -71,9 +71,9 @@ def distill(
     model: Path | str | Adapter,
     output: Path | str,
     *,
-    steps: int,
+    steps: int | None = None,
     solver: str = "euler",
-    schedule: str | None = None,
+    schedule: str | Sequence[float] | None = None,
     recipe: Recipe = DEFAULT,
     requests: Path | str | Arrays | None = None,
     init: Path | str | None = None,
@@ -95,8 +95,9 @@ def distill(
             network is frozen.
         output: the ``.safetensors`` file to write; a checkpoint lies beside it while the run lasts, and a second call
             with the same arguments goes on from there.
-        steps: intervals of the schedule (evaluations, for solvers with one evaluation per interval).
-        schedule: where the time points lie; None for the backbone's default.
+        steps: intervals of the schedule (evaluations, for solvers with one evaluation per interval); None for those of a
+            ``schedule`` of noise levels.
+        schedule: where the time points lie: a name, or ``steps + 1`` noise levels; None for the backbone's default.
         requests: what the backbone wants beside the noise, to learn from: an npz file or arrays ``[rows, ...]`` by name, of
             which trajectories draw rows. None draws at random, which only class labels allow.
         init: an embedding set to start from, of as many evaluations and the same sites; it may be another backbone's, such as
@@ -169,6 +170,7 @@ def distill(
         **learned,
         **({} if begun is None else {"init": begun}),
         **({"plain_plan": plain.to_json()} if recipe.learn or plan is not plain else {}),
+        **({} if (note := adapter.scheduler_left_out(plan.solver)) is None else {"scheduler_left_out": note}),
         **({} if layers is None else {"quantised": {"layers": len(layers.scales), "left_in_float32": layers.left}}),
     }
     result = EmbeddingSet(deltas, student.plan, fingerprint, training)
