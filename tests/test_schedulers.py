@@ -219,7 +219,7 @@ def test_noise_levels_of_the_pipelines() -> None:
     flow = diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     name = {"_class_name": "DPMSolverMultistepScheduler"}
     assert noise_levels({**flow.config, **name}) == (FlowLevels(3.0), "flow_prediction")
-    with pytest.raises(InputError, match="use_flow_sigmas of DPMSolver.*; found False with flow_prediction"):
+    with pytest.raises(InputError, match=r"use_flow_sigmas of DPMSolver.*; found False with flow_prediction"):
         noise_levels({**flow.config, **name, "use_flow_sigmas": False})
     video = diffusers.CogVideoXDDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True, snr_shift_scale=3.0)
     levels, kind = noise_levels({**video.config, "_class_name": "CogVideoXDDIMScheduler"})
