@@ -120,11 +120,11 @@ def distill(
     if not is_main():
         return
     training = result.training
-    if note := training.get("scheduler_left_out"):
-        echo(f"note: {note}", err=True)
     if as_json:
         emit({"output": str(output), "sha256": result.sha256(), **training})
         return
+    if note := training.get("scheduler_left_out"):
+        echo(f"note: {note}", err=True)
     echo(
         f"{output}: {training['parameters']} numbers learned ({training['share_of_backbone']:.3%} of the backbone) in "
         f"{training['seconds']:.0f} s; error against the reference "

@@ -102,11 +102,19 @@ def export(
     else:
         bundle = run(output, precision=precision, engine=engine, **common)
     compiler = bundle.manifest["compiler"]
-    if note := bundle.manifest["backbone"]["scheduler"]["left_out"]:
-        echo(f"note: {note}", err=True)
+    note = bundle.manifest["backbone"]["scheduler"]["left_out"]
     if as_json:
-        emit({"bundle": str(output), "seconds": bundle.manifest["export_seconds"], "compiler": compiler})
+        emit(
+            {
+                "bundle": str(output),
+                "seconds": bundle.manifest["export_seconds"],
+                "scheduler_left_out": note,
+                "compiler": compiler,
+            }
+        )
         return
+    if note:
+        echo(f"note: {note}", err=True)
     before = compiler["time_conditioned"]
     rows = [["time-conditioned", f"{before['nodes']}", f"{before['parameters']:,}", f"{before['bytes']:,}", ""]]
     for graph in compiler["graphs"]:
