@@ -354,13 +354,13 @@ def test_command_line(bundle: Path, name: str, models: dict[str, Path], tmp_path
 
 
 def test_what_cannot_be_guided(models: dict[str, Path]) -> None:
-    unconditional = UNet2DAdapter(unet_with_classes(num_class_embeds=None), {})
+    unconditional = UNet2DAdapter(unet_with_classes(num_class_embeds=None), {"_class_name": "DDPMScheduler"})
     with pytest.raises(InputError, match="found an unconditional UNet2DModel"):
         guided(unconditional, 2.0)
     with pytest.raises(InputError, match="found a UNet2DConditionModel without; leave it out"):
         guided(load_backbone(models["sd"]), 2.0, 3)
     with pytest.raises(InputError, match="labels beside that of no class; found a UNet2DModel with 1"):
-        guided(UNet2DAdapter(unet_with_classes(num_class_embeds=1), {}), 2.0, 0)
+        guided(UNet2DAdapter(unet_with_classes(num_class_embeds=1), {"_class_name": "DDPMScheduler"}), 2.0, 0)
     assert guided(unconditional, None) is unconditional
     assert GuidedAdapter(load_backbone(models["dit"]), 2.0, 4).negatives["class_labels"] == 4
 

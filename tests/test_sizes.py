@@ -176,7 +176,7 @@ def test_multiple_is_the_networks(down: tuple[str, ...], up: tuple[str, ...], mu
         attention_head_dim=16,
         norm_num_groups=8,
     )
-    adapter = UNet2DAdapter(network, {"beta_schedule": "linear"})
+    adapter = UNet2DAdapter(network, {"_class_name": "DDPMScheduler", "beta_schedule": "linear"})
     assert adapter.size_multiple == multiple
     with torch.no_grad():
         assert adapter.at_timestep(torch.zeros(1, 3, 3 * multiple, 5 * multiple), 3.0).shape[2:] == (3 * multiple, 5 * multiple)

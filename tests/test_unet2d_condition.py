@@ -178,14 +178,14 @@ def test_sample_takes_a_file_of_prompts(bundle: Path, adapter: Adapter, tmp_path
 )
 def test_other_kinds_are_refused(options: dict[str, Any], named: str) -> None:
     with pytest.raises(InputError, match=named):
-        UNet2DConditionAdapter(random_unet(**options), {})
+        UNet2DConditionAdapter(random_unet(**options), {"_class_name": "DDPMScheduler"})
 
 
 def test_published_configuration() -> None:
     """Stable Diffusion 1.5 on the meta device: 22 sites of 1280, and the share of the parameters that baking removes."""
     with torch.device("meta"):
         network = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-    found = UNet2DConditionAdapter(network, {"beta_schedule": "scaled_linear"})
+    found = UNet2DConditionAdapter(network, {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear"})
     assert [site.width for site in found.sites] == [1280] * 22
     gone = [p.numel() for name, p in network.named_parameters() if "time_emb" in name]
     assert found.parameter_count == 859_520_964 and round(sum(gone) / found.parameter_count, 3) == 0.032
