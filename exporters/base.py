@@ -267,12 +267,41 @@ class Adapter(ABC, torch.nn.Module):
 
     def fingerprint(self) -> str:
         """SHA-256 over the configuration and every weight in float32, independent of how the file stored them."""
-        config = {k: v for k, v in self.config.items() if not k.startswith("_")}
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=list).encode())
+        digest = hashlib.sha256(as_json(self.config, f"{type(self).__name__}.config").encode())
         for name, value in sorted(self.network.state_dict().items()):
             digest.update(name.encode())
             digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+
+def as_json(config: Mapping[str, Any], what: str) -> str:
+    """A configuration in JSON, keys in order, private ones apart; types and numbers of torch and numpy by what they are.
+
+    Raises:
+        InputError: for a value that has no such form, named under ``what``.
+    """
+    found = {str(key): value for key, value in config.items() if not str(key).startswith("_")}
+    for key, value in found.items():
+        try:
+            json.dumps(value, sort_keys=True, default=_plain)
+        except (TypeError, ValueError, RecursionError):
+            raise InputError(
+                f"expected {what} of values that JSON can hold; found a {type(value).__name__} as {key!r}; set self.config in the "
+                "adapter's __init__ to a dict of plain values"
+            ) from None
+    return json.dumps(found, sort_keys=True, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.dtype | torch.device | os.PathLike):
+        return str(value)
+    if isinstance(value, type):
+        return f"{value.__module__}.{value.__qualname__}"
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    return list(value)
 
 
 def families() -> dict[str, type[Adapter]]:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.base import Adapter, Site
 
 
@@ -31,6 +32,27 @@ class Broadcast:
 
     def reshape(self, batch: Any, *shape: int) -> torch.Tensor:
         return self.values.reshape(1, *shape)
+
+
+def config_of(network: Any) -> dict[str, Any]:
+    """A network's configuration as a mapping, whether it is one, an object with ``to_dict`` or a plain object; empty for none.
+
+    Raises:
+        InputError: for anything else.
+    """
+    config = getattr(network, "config", None)
+    if config is None:
+        return {}
+    if isinstance(config, Mapping):
+        return dict(config)
+    if hasattr(config, "to_dict"):
+        return dict(config.to_dict())
+    if hasattr(config, "__dict__") and not callable(config):
+        return dict(vars(config))
+    raise InputError(
+        f"expected {type(network).__name__}.config as a mapping or an object with attributes; found a {type(config).__name__}; "
+        "set self.config in the adapter's __init__ to a dict"
+    )
 
 
 class HookedAdapter(Adapter):
@@ -49,14 +71,28 @@ class HookedAdapter(Adapter):
     def __init__(self, network: Any, scheduler_config: dict[str, Any]) -> None:
         super().__init__(network, scheduler_config)
         self.network, self.sites = network, ()
-        self.config = dict(getattr(network, "config", {}))
+        self.config = config_of(network)
         self._given: tuple[torch.Tensor, ...] = ()
-        self._silenced = False
+        self._silenced: tuple[torch.nn.Module, ...] = ()  # in a tuple, as below: they are the network's already
+        self._places: list[tuple[torch.nn.Module, str, int]] = []
 
     def add_site(self, name: str, width: int, module: torch.nn.Module, argument: str) -> None:
-        """Make a site of a module, whose ``forward`` takes the embedding ``[batch, width]`` under the name ``argument``."""
-        index, position = len(self.sites), list(inspect.signature(module.forward).parameters).index(argument)
+        """Make a site of a module, whose ``forward`` takes the embedding ``[batch, width]`` under the name ``argument``.
+
+        Raises:
+            InputError: for an argument that its ``forward`` does not have, or a module that is a site already.
+        """
+        arguments = list(inspect.signature(module.forward).parameters)
+        if argument not in arguments:
+            raise InputError(
+                f"expected add_site with the argument under which {type(module).__name__}.forward takes the embedding; found "
+                f"{argument!r} for {name}; it takes {', '.join(arguments)}"
+            )
+        if any(module is one for one, _, _ in self._places):
+            raise InputError(f"expected every module to be a site once; found {name} again; leave out the second add_site")
+        index, position = len(self.sites), arguments.index(argument)
         self.sites = (*self.sites, Site(name, width))
+        self._places.append((module, argument, position))
 
         def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if not self._given:
@@ -69,7 +105,7 @@ class HookedAdapter(Adapter):
 
     def silence(self, module: torch.nn.Module) -> None:
         """Make a time embedder give zero while the adapter runs: what reaches a site beside it is the requests' part."""
-        self._silenced = True
+        self._silenced += (module,)
 
         def hook(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
             return torch.zeros_like(output[:1]) if self._given else None
@@ -81,16 +117,45 @@ class HookedAdapter(Adapter):
         return self._given[index] + found if self._silenced else self._given[index]
 
     def forward(self, state: torch.Tensor, *embeddings: torch.Tensor, **requests: torch.Tensor) -> torch.Tensor:
-        with self._giving(embeddings):
+        with self.giving(embeddings):
             return self.call(state, requests)
 
     @contextmanager
-    def _giving(self, embeddings: Sequence[torch.Tensor]) -> Iterator[None]:
+    def giving(self, embeddings: Sequence[torch.Tensor]) -> Iterator[None]:
+        """While it lasts, the sites get these, one ``[1, width]`` each, however the network is called."""
         before, self._given = self._given, tuple(embeddings)
         try:
             yield
         finally:
             self._given = before
+
+    @contextmanager
+    def watching(self) -> Iterator[dict[int, Any]]:
+        """While it lasts, what the network itself hands to each site is noted, by the site's index: what ``embeddings`` should be.
+
+        Where a module is silenced its output is noted, for all sites: what reaches them is that and what requests add.
+        """
+        taken: dict[int, Any] = {}
+
+        def enter(index: int, argument: str, position: int) -> Callable[..., None]:
+            def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                taken[index] = kwargs[argument] if argument in kwargs else args[position]
+
+            return hook
+
+        def leave(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            taken.update(dict.fromkeys(range(len(self.sites)), output))
+
+        if self._silenced:
+            handles = [one.register_forward_hook(leave) for one in self._silenced]
+        else:
+            places = enumerate(self._places)
+            handles = [one.register_forward_pre_hook(enter(i, *at), with_kwargs=True) for i, (one, *at) in places]
+        try:
+            yield taken
+        finally:
+            for handle in handles:
+                handle.remove()
 
     @contextmanager
     def recomputing_blocks(self) -> Iterator[bool]:
@@ -108,7 +173,7 @@ class HookedAdapter(Adapter):
         given = self._given
 
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-            return nullcontext(), self._giving(given)
+            return nullcontext(), self.giving(given)
 
         return checkpoint(block, *args, use_reentrant=False, context_fn=contexts)
 

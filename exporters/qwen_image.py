@@ -55,6 +55,7 @@ class QwenImageAdapter(HookedAdapter):
             for name in ("img_mod", "txt_mod"):
                 self.add_site(f"transformer_blocks.{index}.{name}", network.inner_dim, getattr(block, name), "input")
         self.add_site("norm_out", network.inner_dim, network.norm_out, "conditioning_embedding")
+        self._in_call = False
         network.pos_embed.register_forward_hook(self._turn)
         self.set_size(SIZE, SIZE)
         self.set_tokens(TOKENS)
@@ -82,7 +83,7 @@ class QwenImageAdapter(HookedAdapter):
         self._turns = tuple(Rotation.of(factors) for factors in found)
 
     def _turn(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
-        return self._turns if self._given else None
+        return self._turns if self._in_call else None
 
     def embeddings(self, timestep: torch.Tensor) -> tuple[torch.Tensor, ...]:
         embed = self.network.time_text_embed
@@ -90,14 +91,13 @@ class QwenImageAdapter(HookedAdapter):
 
     def call(self, state: torch.Tensor, requests: dict[str, torch.Tensor]) -> torch.Tensor:
         (_, rows, columns), *_ = self._shapes
-        with RealRotations():
-            output = self.network(
-                pack(state),
-                timestep=torch.zeros(1, device=state.device),
-                img_shapes=self._shapes,
-                return_dict=False,
-                **requests,
-            )[0]
+        given = {"timestep": torch.zeros(1, device=state.device), "img_shapes": self._shapes, **requests}
+        self._in_call = True
+        try:
+            with RealRotations():
+                output = self.network(pack(state), return_dict=False, **given)[0]
+        finally:
+            self._in_call = False
         return unpack(output, rows, columns)
 
     def native(self, state: torch.Tensor, timestep: torch.Tensor, **requests: torch.Tensor) -> torch.Tensor:

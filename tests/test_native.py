@@ -63,14 +63,14 @@ CASES = {
     "sdxl": Case(partial(conditional, **SDXL), call_conditional, DDPM),
     "dit": Case(random_dit, call_dit, DDPM),
     **{
-        name: Case(f.network, f.call, dict(f.scheduler.config), True, test_transformers.TOKENS)
+        name: Case(f.network, f.call, dict(f.scheduler.config, _class_name=type(f.scheduler).__name__), True, test_transformers.TOKENS)
         for name, f in test_transformers.FAMILIES.items()
     },
     **{
         name: Case(
             f.network,
             rows_of(f.call),
-            dict(f.scheduler.config),
+            dict(f.scheduler.config, _class_name=type(f.scheduler).__name__),
             True,
             None if "cogvideox" in name else test_time_only.TOKENS,
         )
@@ -87,7 +87,7 @@ def case(request: pytest.FixtureRequest) -> tuple[Case, Any, Adapter]:
     network = redraw(chosen.network())
     again = type(network)(**{key: value for key, value in network.config.items() if not key.startswith("_")})
     again.load_state_dict(network.state_dict())
-    adapter = families()[type(network).__name__](again, {"_class_name": "DDPMScheduler", **chosen.scheduler})
+    adapter = families()[type(network).__name__](again, chosen.scheduler)
     if chosen.sized:
         adapter.set_size(*SIZE)
     if chosen.tokens is not None:
