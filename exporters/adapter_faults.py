@@ -1,7 +1,8 @@
 """Where an adapter departs from its network: the layers, sites and request inputs to name in the error.
 
-Nothing here runs while adapter and network agree (:mod:`~mteo_deploy.exporters.check_adapter`). The network's layers are watched
-while it is called, and what each takes in and gives is kept as a few numbers, not as tensors: a large network has gigabytes of them.
+Nothing here runs while adapter and network agree (:mod:`~mteo_deploy.exporters.check_adapter`). The network's layers are
+watched while it is called, and what each takes in and gives is kept as a few numbers: of tensors, a large network has
+gigabytes.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def random_layers(adapter: Adapter, call: Callable[[], Any]) -> str:
 
 
 def reached_by_the_time(adapter: Adapter, call: Callable[[int, int], Any]) -> str:
-    """The layers where the time still enters: what they take in depends on the time and not on the state, what they give on both.
+    """The layers where the time still enters: what they take depends on the time and not on the state, what they give on both.
 
     Args:
         call: the network with its sites given, for a time and a row of the state, each by its index.
@@ -74,22 +75,25 @@ def reached_by_the_time(adapter: Adapter, call: Callable[[int, int], Any]) -> st
     here, later, other = (_watched(adapter.network, lambda at=at: call(*at)) for at in ((0, 0), (1, 0), (0, 1)))
     if not [one.name for one in here] == [one.name for one in later] == [one.name for one in other]:
         return f"{_forward(adapter)}, which calls other layers at another time"
-    found = []
+    found, first = [], []
     for a, b, c in zip(here, later, other, strict=True):
         of_time = any(x != y and x == z for x, y, z in zip(a.inputs, b.inputs, c.inputs, strict=False))
-        if of_time and a.outputs != b.outputs and a.outputs != c.outputs:
+        if of_time and a.outputs not in (b.outputs, c.outputs):
             found.append(a.name)
-    sites = [site.name for site in adapter.sites]
+            if any(x == y and x != z for x, y, z in zip(a.inputs, b.inputs, c.inputs, strict=False)):
+                first.append(a.name)  # its state is the same at both times, its output is not: the time enters here
     inner = [name for name in _innermost(found) if name]
-    without_sites = [name for name in inner if not any(site == name or site.startswith(f"{name}.") for site in sites)]
-    if not (without_sites or inner):
-        return f"{_forward(adapter)}; a time that is no layer's input cannot be baked"
-    named = names_of(without_sites or inner)
-    return f"{named}; make a site of each (add_site), or refuse the network"
+    kinds = {type(adapter.network.get_submodule(name)) for name in inner if name in first}
+    named = [name for name in inner if type(adapter.network.get_submodule(name)) in kinds]
+    sites = tuple(f"{site.name}." for site in adapter.sites)
+    named = [name for name in named if not any(one.startswith(f"{name}.") for one in sites)] or named
+    if not named:
+        return f"{_forward(adapter)}; what is no layer's input cannot be given: make it a module's, or refuse the network"
+    return f"{names_of(named)}; make a site of each (add_site), or refuse the network"
 
 
 def why_different(adapter: Adapter, inputs: Inputs, embeddings: Sequence[Sequence[torch.Tensor]]) -> str:
-    """The most telling of: request inputs that one of both ignores, sites whose embedding is another, rows that meet, layers."""
+    """The most telling of: requests that one of both ignores, sites whose embedding is another, rows that meet, layers."""
     try:
         return (
             _requests(adapter, inputs, embeddings[0])

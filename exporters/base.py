@@ -69,6 +69,7 @@ class Adapter(ABC, torch.nn.Module):
         tokens: the length of a prompt, padded; None for networks without one.
         requests: what is given once per request beside the noise, such as class labels.
         source: where it was loaded from, by name.
+        directory: where its network's own files are; None for one that was made otherwise.
         license: what its card says, e.g. ``apache-2.0``; None where it says nothing.
         pipeline: the diffusers pipeline directory that it is part of; None for one that was made otherwise.
         loras: LoRA weights that were fused into it, and are for its pipeline's text encoders too.
@@ -93,6 +94,7 @@ class Adapter(ABC, torch.nn.Module):
     levels: Levels
     config: dict[str, Any]
     source: str = "given"
+    directory: Path | None = None
     license: str | None = None
     pipeline: PipelineDirectory | None = None
     loras: Loras = Loras()
@@ -286,8 +288,8 @@ def as_json(config: Mapping[str, Any], what: str) -> str:
             json.dumps(value, sort_keys=True, default=_plain)
         except (TypeError, ValueError, RecursionError):
             raise InputError(
-                f"expected {what} of values that JSON can hold; found a {type(value).__name__} as {key!r}; set self.config in the "
-                "adapter's __init__ to a dict of plain values"
+                f"expected {what} of values that JSON can hold; found a {type(value).__name__} as {key!r}; set self.config in "
+                "the adapter's __init__ to a dict of plain values"
             ) from None
     return json.dumps(found, sort_keys=True, default=_plain)
 
@@ -363,9 +365,11 @@ def _named(spec: str) -> type[Adapter]:
         sys.path.append(os.getcwd())
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # whatever a module does when it is imported
+        reason = f"{type(error).__name__}: {error}" if not isinstance(error, ImportError | AttributeError) else str(error)
         raise InputError(
-            f"expected an adapter as package.module:Class that can be imported; found {spec!r} ({error})"
+            f"expected an adapter as package.module:Class that can be imported; found {spec!r} "
+            f"({' '.join(reason.split()) or 'no message'})"
         ) from None
     if not (isinstance(found, type) and issubclass(found, Adapter)):
         raise InputError(f"expected a subclass of mteo_deploy.exporters.base.Adapter; {spec} is {found!r}")
@@ -424,19 +428,49 @@ def load_backbone(
             f"expected --lora with a diffusers pipeline directory, whose loader reads it; {model} is none; leave it out"
         )
     if cls is not None and own:
-        found = cls.load(model, {})
+        found = _loaded(cls, model, {}, True)
     else:
         options = _Options(weights, tuple(loras), controlnet)
         found = _load_part(cls, PipelineDirectory.read(model, leave_out), options)
     found.source, found.license = source, license_of(model)
-    found.set_size(*(size or found.sample_shape[-2:]))
     if tokens is not None and tokens < 1:
         raise InputError(f"expected --tokens of 1 or more; found {tokens}")
-    if tokens is not None:
-        found.set_tokens(tokens)
-    if controlnet:
-        found.take_residuals()
+    with border(f"expected {type(found).__name__} to take the size, the tokens and the residuals asked for", MEND):
+        found.set_size(*(size or found.sample_shape[-2:]))
+        if tokens is not None:
+            found.set_tokens(tokens)
+        if controlnet:
+            found.take_residuals()
     return found.requires_grad_(False).eval()
+
+
+ATTRIBUTES = ("family", "network", "sites", "sample_shape", "config", "levels", "prediction_type")
+"""What every adapter has when its ``__init__`` is through."""
+MEND = "mend the adapter, or pass another --model"
+
+
+def _loaded(cls: type[Adapter], path: Path, scheduler_config: dict[str, Any], weights: bool) -> Adapter:
+    """What an adapter's ``load`` (without weights: ``outline``) makes of the network's directory, or of a file.
+
+    Raises:
+        InputError: for whatever it raises, and for what is no whole adapter.
+    """
+    name = cls.__name__
+    with border(f"expected {name}.load to read {path}", MEND):
+        found = (cls.load if weights else cls.outline)(path, scheduler_config)
+    if not isinstance(found, Adapter):
+        raise InputError(f"expected {name}.load to return an adapter; found a {type(found).__name__}; return cls(network, ...)")
+    if missing := [one for one in ATTRIBUTES if not hasattr(found, one)]:
+        raise InputError(
+            f"expected {name}.__init__ to set {', '.join(ATTRIBUTES)}; found no {', '.join(missing)}; set it there"
+        )
+    shape = found.sample_shape
+    if not isinstance(shape, Sequence) or len(shape) < 3 or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise InputError(f"expected {name}.sample_shape as (channels, height, width); found {shape!r}; set it in __init__")
+    if not isinstance(found.network, torch.nn.Module):
+        raise InputError(f"expected {name}.network to be a torch module; found a {type(found.network).__name__}")
+    found.sample_shape, found.directory = tuple(shape), path
+    return found
 
 
 def _load_part(cls: type[Adapter] | None, directory: PipelineDirectory, options: _Options) -> Adapter:
@@ -459,7 +493,7 @@ def _load_part(cls: type[Adapter] | None, directory: PipelineDirectory, options:
         directory = directory.answered_for(network, family)
     directory.check_rest()
     _check_network(chosen, directory, network)
-    adapter = (chosen.load if options.weights else chosen.outline)(directory.directory(network), directory.scheduler())
+    adapter = _loaded(chosen, directory.directory(network), directory.scheduler(), options.weights)
     adapter.pipeline = directory
     if size := directory.own_size():
         adapter.sample_shape = (*adapter.sample_shape[:-2], size, size)

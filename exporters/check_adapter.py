@@ -11,7 +11,7 @@ What is wrong is named by :mod:`~mteo_deploy.exporters.adapter_faults`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -27,8 +27,8 @@ from mteo_deploy.exporters.base import NATIVE, Adapter, as_json
 from mteo_deploy.exporters.hooks import HookedAdapter
 
 TOLERANCE = 1e-4
-"""Relative error (norm of the difference over the norm) that adapter and network may have, in float32. The same sums in another
-order differ by 1e-7 to 1e-6; a time that is scaled on the way to the network by 1e-5; a site that is missing by 1e-2 or more."""
+"""Relative error (norm of the difference over the norm) that adapter and network may have, in float32. The same sums in
+another order differ by 1e-7 to 1e-6; a time that is scaled on its way to the network by 1e-5; a forgotten site by 1e-2."""
 
 SAME = 1e-5
 """Relative error of two calls that should be equal: threads may add in another order."""
@@ -58,6 +58,33 @@ class Checked:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+LARGE = 100_000_000
+"""Parameters up to which ``inspect`` reads the weights of a diffusers network."""
+
+
+def load_to_inspect(load: Callable[[bool], Adapter]) -> tuple[Adapter, dict[str, Any]]:
+    """A backbone to describe, and what the comparison found: :meth:`Checked.to_json`, or ``skipped`` and why.
+
+    Args:
+        load: gives the backbone, with its weights or without.
+
+    Raises:
+        InputError: as :func:`check_adapter`.
+    """
+    adapter = load(False)
+    check_parts(adapter)
+    if not any(parameter.is_meta for parameter in adapter.network.parameters()):
+        return adapter, check_adapter(adapter).to_json()
+    if adapter.parameter_count > LARGE:
+        why = f"the weights of a network of more than {LARGE:,} parameters are not read here"
+    elif adapter.directory is None or not any(adapter.directory.glob("*.safetensors")):
+        why = "no weights are there"
+    else:
+        adapter = load(True)
+        return adapter, check_adapter(adapter).to_json()
+    return adapter, {"skipped": f"{why}; distill and export check"}
 
 
 @torch.no_grad()
@@ -167,8 +194,8 @@ def _check_weights(adapter: Adapter) -> None:
     if other := {name: value.dtype for name, value in floats.items() if value.dtype not in (torch.float32, torch.complex64)}:
         kinds = ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in other.values()}))
         raise InputError(
-            f"expected {adapter.family}'s weights in float32; found {kinds} in {names_of(list(other))}; call network.float() in "
-            "load (export --precision chooses the types in the graphs)"
+            f"expected {adapter.family}'s weights in float32; found {kinds} in {names_of(list(other))}; call network.float() "
+            "in load (export --precision chooses the types in the graphs)"
         )
     if broken := [name for name, value in floats.items() if not bool(torch.isfinite(value).all())]:
         raise InputError(
@@ -206,7 +233,7 @@ def _check_embeddings(adapter: Adapter, found: Any, count: int) -> None:
             raise InputError(f"{wanted}; found a {type(one).__name__} for {site.name}")
         if tuple(one.shape) != (count, site.width):
             raise InputError(
-                f"expected the embedding of {site.name} as [times, width], here {[count, site.width]}; found {list(one.shape)}; "
+                f"expected the embedding of {site.name} as [times, width], {[count, site.width]}; found {list(one.shape)}; "
                 "mend the width in add_site, or the adapter's embeddings"
             )
         if one.dtype != torch.float32 or one.requires_grad:
@@ -239,8 +266,8 @@ def _apart(adapter: Adapter) -> Iterator[None]:
 
     def closed(*args: Any, **options: Any) -> Any:
         raise InputError(
-            f"expected {type(adapter).__name__}.native to call the network with the time; found that it calls the adapter's own "
-            f"forward, which would compare it with itself; write {NATIVE}"
+            f"expected {type(adapter).__name__}.native to call the network with the time; found that it calls the adapter's "
+            f"own forward, which would compare it with itself; write {NATIVE}"
         )
 
     adapter.__dict__["forward"] = closed
@@ -264,8 +291,8 @@ def _given(adapter: Adapter, probe: Probe, i: int, embeddings: Sequence[torch.Te
     _check_output(adapter, "the adapter", output, row, state, requests)
     if idle := [site.name for site, one in zip(adapter.sites, given, strict=True) if not reads.of(one)]:
         raise InputError(
-            f"expected every site to take its embedding; found that nothing reads that of {names_of(idle)}: the network does not "
-            "call its module, or two sites share one; leave it out of the sites"
+            f"expected every site to take its embedding; found that nothing reads that of {names_of(idle)}: the network does "
+            "not call its module, or two sites share one; leave it out of the sites"
         )
     if idle := [name for name, values in requests.items() if not reads.of(values)]:
         raise InputError(
@@ -309,22 +336,20 @@ def _check_output(
     changed = [name for name, values in requests.items() if not torch.equal(values, probe.requests[name])]
     if changed or not torch.equal(state, probe.state):
         raise InputError(
-            f"expected {who} of {type(adapter).__name__} to leave its inputs as they are; found {names_of(changed or ['state'])} "
+            f"expected {who} of {type(adapter).__name__} to leave its inputs alone; found {names_of(changed or ['state'])} "
             "changed in place; compute on a copy"
         )
 
 
-def _check_equal_calls(
-    adapter: Adapter, probe: Probe, embeddings: Sequence[torch.Tensor], before: torch.Tensor
-) -> None:
+def _check_equal_calls(adapter: Adapter, probe: Probe, embeddings: Sequence[torch.Tensor], before: torch.Tensor) -> None:
     """The first row once more, after the second: nothing random, nothing kept from call to call."""
     state, requests = probe.row(0)
     again = relative(adapter(state, *embeddings, **requests), before)
     if again > SAME:
         layers = random_layers(adapter, lambda: adapter(*[state, *embeddings], **requests))
         raise InputError(
-            f"expected two equal calls of {adapter.family} to give one output; found a difference of {again:.1e}, which begins in "
-            f"{layers}; leave out what is random in eval mode or kept from call to call"
+            f"expected two equal calls of {adapter.family} to give one output; found a difference of {again:.1e}, which "
+            f"begins in {layers}; leave out what is random in eval mode or kept from call to call"
         )
 
 
@@ -332,7 +357,6 @@ def _check_time_is_gone(adapter: Adapter, probe: Probe, embeddings: Sequence[tor
     """The network with its sites given, called at both times."""
     if not isinstance(adapter, HookedAdapter):
         return
-
 
     def call(time: int, row: int) -> torch.Tensor:
         state, requests = probe.row(row)

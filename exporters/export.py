@@ -18,6 +18,7 @@ from mteo_deploy.directories import check_directory
 from mteo_deploy.embeddings import EmbeddingSet
 from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.base import Adapter, embeddings_at, load_backbone, site_dict
+from mteo_deploy.exporters.check_adapter import check_adapter
 from mteo_deploy.exporters.choice import choose, guidance_of
 from mteo_deploy.exporters.compiler import Compiled, compile_bundle
 from mteo_deploy.exporters.guidance import guided
@@ -175,8 +176,9 @@ def export(
         The bundle, opened.
 
     Raises:
-        InputError: for a model that is not supported, an embedding set that does not fit, axes that cannot be open, or a
-            precision that the backbone has no layers for.
+        InputError: for a model that is not supported, an adapter that is not its network (see
+            :func:`~mteo_deploy.exporters.check_adapter.check_adapter`), an embedding set that does not fit, axes that cannot be
+            open, or a precision that the backbone has no layers for.
         MissingPackageError: for int8 and fp8 without ONNX Runtime, which calibrates, or without the engine's package.
         EngineError: for an ``engine`` that does not take the graphs.
     """
@@ -202,7 +204,7 @@ def export(
         assets.embeddings(4 if steps is None else steps, solver)  # a clear error before the model is loaded
     if isinstance(model, Adapter) and leave_out:
         raise InputError("expected leave_out with a directory; found a backbone; give it to load_backbone")
-    adapter = model if isinstance(model, Adapter) else load_backbone(model or assets.MODEL, leave_out=leave_out)
+    adapter = loaded = model if isinstance(model, Adapter) else load_backbone(model or assets.MODEL, leave_out=leave_out)
     name = adapter.source if isinstance(model, Adapter) else model
     chosen = choose(name, embeddings, steps, solver, schedule, plain, adapter)
     learned_against, kept = chosen.precision
@@ -211,6 +213,7 @@ def export(
     adapter = guided(adapter, *guidance_of(chosen, plain, guidance_scale, null_class))
     sites: Mapping[str, int] = site_dict(adapter.sites)
     chosen.check(adapter.fingerprint(), sites)
+    checked = check_adapter(loaded)
     pipeline = load_pipeline(adapter, tile, latents)
     clock = time.monotonic()
     with reporter(quiet) as report, whole_directory(output, replace=MANIFEST) as directory:
@@ -225,7 +228,7 @@ def export(
         chosen.save(directory / "embeddings.safetensors")
         reference = write_reference(adapter, chosen, pipeline, directory, size)
         source = "packaged" if model is None else adapter.source
-        manifest = _manifest(adapter, chosen, pipeline, compiled, source, reference)
+        manifest = {**_manifest(adapter, chosen, pipeline, compiled, source, reference), "adapter": checked.to_json()}
         manifest["export_seconds"] = round(time.monotonic() - clock, 2)
         write_manifest(directory, manifest)
     return Bundle.open(output)

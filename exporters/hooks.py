@@ -131,7 +131,7 @@ class HookedAdapter(Adapter):
 
     @contextmanager
     def watching(self) -> Iterator[dict[int, Any]]:
-        """While it lasts, what the network itself hands to each site is noted, by the site's index: what ``embeddings`` should be.
+        """While it lasts, what the network itself hands to each site is noted, by its index: what ``embeddings`` should be.
 
         Where a module is silenced its output is noted, for all sites: what reaches them is that and what requests add.
         """

@@ -51,11 +51,29 @@ def write_reference(
     if pipeline.text_encoder is not None:
         found |= _encoded(pipeline.text_encoder)
     found |= {f"request/{name}": values for name, values in requests.items()}
+    _check_finite(found)
     path = directory / FILE
     path.parent.mkdir()
     save_tensors(save_file, {name: values.contiguous().numpy() for name, values in found.items()}, path)  # as it lies in memory
     plan = reference_plan(embeddings.plan, adapter.levels, default_substeps(embeddings.plan))
     return {"file": FILE, "seed": SEED, "count": COUNT, "prompts": list(PROMPTS), "plan": plan.to_json()}
+
+
+def _check_finite(found: Mapping[str, torch.Tensor]) -> None:
+    """What everything is compared with must be numbers.
+
+    Raises:
+        InputError: naming the tensor, and the evaluation where it is of a trajectory.
+    """
+    for name, values in found.items():
+        if not values.is_floating_point() or bool(torch.isfinite(values).all()):
+            continue
+        first = next(i for i, one in enumerate(values) if not bool(torch.isfinite(one).all()))
+        where = f"evaluation {first} of {len(values)}" if name.endswith(("states", "kept")) else f"row {first}"
+        raise InputError(
+            f"expected finite numbers of the torch reference; found NaN or Inf in {name}, first at {where}: the backbone, a "
+            "part of its pipeline or the embedding set diverges; pass other weights, another set, or other --steps"
+        )
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DModel
-from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.resnet import ResnetBlock2D, ResnetBlockCondNorm2D
 
 from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.hooks import HookedAdapter
@@ -27,6 +27,11 @@ class UNetAdapter(HookedAdapter):
         self.sample_shape = (int(network.config.in_channels), int(height), int(width))
         self.size_multiple = 2 ** sum(bool(getattr(block, "downsamplers", None)) for block in network.down_blocks)
         for name, module in network.named_modules():
+            if isinstance(module, ResnetBlockCondNorm2D):
+                raise InputError(
+                    f"expected a {self.family} whose blocks are of ResnetBlock2D; found {name}, which normalises by the time "
+                    "(the K blocks of diffusers' upscalers), not supported"
+                )
             if isinstance(module, ResnetBlock2D) and module.time_emb_proj is not None:
                 self.add_site(name, module.time_emb_proj.in_features, module, "temb")
 
@@ -54,6 +59,11 @@ class UNet2DAdapter(UNetAdapter):
 
     def __init__(self, network: UNet2DModel, scheduler_config: dict[str, Any]) -> None:
         super().__init__(network, scheduler_config)
+        if network.config.time_embedding_type != "positional":
+            raise InputError(
+                f"expected a UNet2DModel with time_embedding_type 'positional'; found {network.config.time_embedding_type!r} "
+                "(fourier divides the output by the time, learned knows whole times only), not supported"
+            )
         classes = network.class_embedding
         if classes is not None and not isinstance(classes, torch.nn.Embedding):
             raise InputError(

@@ -49,7 +49,10 @@ class UNet2DConditionAdapter(UNetAdapter):
         config = network.config
         taken = {
             "addition_embed_type": config.addition_embed_type in (None, "text_time"),
-            "class_embed_type": config.class_embed_type is None and config.num_class_embeds is None,
+            "class_embed_type": config.class_embed_type is None,
+            "num_class_embeds": config.num_class_embeds is None,
+            "class_embeddings_concat": not config.class_embeddings_concat,
+            "dual_cross_attention": not config.dual_cross_attention,
             "encoder_hid_dim_type": config.encoder_hid_dim_type is None,
             "time_embedding_act_fn": config.time_embedding_act_fn is None,
             "time_cond_proj_dim": config.time_cond_proj_dim is None,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mteo_deploy.errors import BundleError
 from mteo_deploy.plan import Plan
 from mteo_deploy.precision import parts
 from mteo_deploy.prompts import open_tokenizers, tokenise
@@ -281,3 +283,22 @@ def seed_check(sampler: Sampler) -> Check:
     noise = noise_for(sampler.bundle.sample_shape, entry["seed"], range(entry["count"]))
     error = relative_error(noise, reference["noise"])
     return Check("noise", error <= 1e-6, f"relative difference from the stored noise {error:.1e}")
+
+
+def adapter_check(manifest: Mapping[str, Any]) -> Check:
+    """What ``export`` found when it compared the adapter with the network itself; all else here is compared with the adapter.
+
+    A bundle of before that comparison passes, and says so.
+
+    Raises:
+        BundleError: for an entry that is none.
+    """
+    found = manifest.get("adapter")
+    if found is None:
+        return Check("adapter", True, "not checked: an older version exported the bundle; export again to compare it")
+    try:
+        error, tolerance, times = float(found["error"]), float(found["tolerance"]), len(found["times"])
+    except (KeyError, TypeError, ValueError):
+        raise BundleError("expected what export found of the adapter (error, tolerance, times); export again") from None
+    detail = f"equals the network's own forward: {error:.0e} at {times} times (allowed {tolerance:.0e})"
+    return Check("adapter", error <= tolerance, detail)

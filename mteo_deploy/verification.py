@@ -134,6 +134,7 @@ def verify(
     checks: list[Check] = []
     parts: dict[str, Callable[[], list[Check]]] = {
         "noise": lambda: [numerics.seed_check(sampler)],
+        "adapter": lambda: [numerics.adapter_check(sampler.bundle.manifest)],
         "evaluations": lambda: numerics.evaluation_checks(sampler, tolerance["evaluation"]),
         "trajectory": lambda: [numerics.trajectory_check(sampler, tolerance["trajectory"])],
         "other size": lambda: numerics.size_checks(sampler, tolerance["trajectory"]),

@@ -63,7 +63,9 @@ CASES = {
     "sdxl": Case(partial(conditional, **SDXL), call_conditional, DDPM),
     "dit": Case(random_dit, call_dit, DDPM),
     **{
-        name: Case(f.network, f.call, dict(f.scheduler.config, _class_name=type(f.scheduler).__name__), True, test_transformers.TOKENS)
+        name: Case(
+            f.network, f.call, dict(f.scheduler.config, _class_name=type(f.scheduler).__name__), True, test_transformers.TOKENS
+        )
         for name, f in test_transformers.FAMILIES.items()
     },
     **{

@@ -222,7 +222,7 @@ def test_page_holds_the_compiler_table(measured: Report, tiny_bundle: Path) -> N
 def test_verdict_is_a_word(measured: Report) -> None:
     bad = replace(measured, checks=[*measured.checks, Check("a < b", False, "1 & 2")])
     found = Elements(page(bad))
-    assert "✗ NOT verified" in found.text and "1 of 13 checks failed" in found.text and "FAILED" in found.text
+    assert "✗ NOT verified" in found.text and "1 of 14 checks failed" in found.text and "FAILED" in found.text
     assert "✓ verified" in Elements(page(measured)).text
 
 

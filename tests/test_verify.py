@@ -17,12 +17,13 @@ import pytest
 from helpers import Array, Faulty, altered, failed
 
 from mteo_deploy import latency, numerics
+from mteo_deploy.bundle import Bundle
 from mteo_deploy.engines.base import Session
 from mteo_deploy.engines.build import build
-from mteo_deploy.errors import InputError
+from mteo_deploy.errors import BundleError, InputError
 from mteo_deploy.gates import Budgets
 from mteo_deploy.latency import OtherPrograms, bootstrap_median, compare, processor_seconds
-from mteo_deploy.numerics import psnr, relative_error, worst_region
+from mteo_deploy.numerics import adapter_check, psnr, relative_error, worst_region
 from mteo_deploy.page import page
 from mteo_deploy.realisations import Baked
 from mteo_deploy.report import Report
@@ -58,9 +59,25 @@ def with_fault(bundle: Path, fault: Callable[[Array, Mapping[str, Array]], Array
 def test_good_bundle_passes(name: str, request: pytest.FixtureRequest) -> None:
     report = verify(request.getfixturevalue(name), seconds=0, quiet=True)
     evaluations = {f"evaluation {i}" for i in range(3 if name == "tiny_bundle" else 4)}
-    assert {check.name for check in report.checks} == {"noise", "trajectory"} | evaluations | CANARIES
+    assert {check.name for check in report.checks} == {"noise", "adapter", "trajectory"} | evaluations | CANARIES
     assert report.passed, failed(report)
     assert report.latency == {} and report.latency_lines() == []
+
+
+def test_what_export_found_of_the_adapter(tiny_bundle: Path) -> None:
+    """The figure is the manifest's; a bundle of before that comparison passes and says so; no figure is no pass."""
+    manifest = Bundle.open(tiny_bundle).manifest
+    (check,) = [one for one in verify(tiny_bundle, seconds=0, quiet=True).checks if one.name == "adapter"]
+    found = manifest["adapter"]
+    assert 0 < found["error"] < 1e-5 and len(set(found["times"])) == 2 and found["tolerance"] == 1e-4
+    assert check.passed and check.detail.startswith(f"equals the network's own forward: {found['error']:.0e} at 2 times")
+    older = adapter_check({name: value for name, value in manifest.items() if name != "adapter"})
+    assert older.passed and older.detail.startswith("not checked")
+    for error in (1e-3, float("nan")):
+        assert not adapter_check({"adapter": {**found, "error": error}}).passed
+    for wrong in ([], {}, {**found, "error": "small"}, {**found, "times": 2}):
+        with pytest.raises(BundleError, match="export again"):
+            adapter_check({"adapter": wrong})
 
 
 @pytest.mark.parametrize("name", ["tiny_bundle", "tiny_history_bundle"])

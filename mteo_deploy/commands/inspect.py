@@ -41,6 +41,15 @@ def _show_pipeline(pipeline: dict[str, Any] | None, left_out: dict[str, str]) ->
         echo(f"left out   {part}: {why}")
 
 
+def adapter_line(checked: dict[str, Any]) -> str:
+    """What became of the comparison of adapter and network."""
+    return (
+        f"not checked: {checked['skipped']}"
+        if "skipped" in checked
+        else f"equals the network's own forward: {checked['error']:.0e} at {len(checked['times'])} times"
+    )
+
+
 def _show_backbone(found: dict[str, Any]) -> None:
     levels, baking, requests = found["levels"], found["baking"], found["requests"]
     multiple, opened = found["sizes"]["fixed"], found["sizes"]["open"]
@@ -65,6 +74,7 @@ def _show_backbone(found: dict[str, Any]) -> None:
         if counts
         else f"baking     not known before export: {baking['unknown']}"
     )
+    echo(f"adapter    {adapter_line(found['adapter'])}")
     rows = [[name, str(width)] for name, width in found["sites"].items()]
     echo(f"sites      {len(rows)}, {sum(found['sites'].values()):,} numbers to learn for each evaluation")
     show_table("", ["site", "width"], rows)
@@ -95,9 +105,16 @@ def inspect(
               mteo-deploy inspect bundle.after-update --diff bundle.after-absorb
     """
     if path is None and model is not None:
+        from mteo_deploy.exporters.base import load_backbone
+        from mteo_deploy.exporters.check_adapter import load_to_inspect
         from mteo_deploy.exporters.describe import describe
 
-        backbone = describe(open_backbone(model, adapter, size, tokens, lora, controlnet, weights=False, leave_out=leave_out))
+        def load(weights: bool) -> Any:
+            found = open_backbone(model, adapter, size, tokens, lora, controlnet, weights=weights, leave_out=leave_out)
+            return load_backbone(found) if isinstance(found, Path) else found
+
+        loaded, checked = load_to_inspect(load)
+        backbone = {**describe(loaded), "adapter": checked}
         emit(backbone) if as_json else _show_backbone(backbone)
         return
     if path is None or model is not None:

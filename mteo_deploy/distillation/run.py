@@ -26,6 +26,7 @@ from mteo_deploy.distillation.trajectories import Trajectories, digest, referenc
 from mteo_deploy.embeddings import EmbeddingSet
 from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.base import Adapter, embeddings_at, load_backbone
+from mteo_deploy.exporters.check_adapter import check_adapter
 from mteo_deploy.exporters.fake_quantize import FakeQuantised, Quantised, quantised_layers
 from mteo_deploy.exporters.guidance import guided
 from mteo_deploy.exporters.text import prompt_requests
@@ -117,7 +118,8 @@ def distill(
         The set; its ``training`` holds the parameters trained, the time, and the error before and after.
 
     Raises:
-        InputError: for a model that is not supported, or arguments no plan can be made of or that exclude each other.
+        InputError: for a model that is not supported, an adapter that is not its network, or arguments no plan can be made of
+            or that exclude each other.
     """
     output = Path(output)
     if output.suffix != ".safetensors":
@@ -128,6 +130,7 @@ def distill(
     feature_name = _named(features, recipe)
     processes = Processes(device_of(device))
     loaded = model if isinstance(model, Adapter) else load_backbone(Path(model))
+    check_adapter(loaded)
     adapter = guided(loaded, guidance_scale, null_class)
     plan = plain = adapter.compile_plan(steps, solver, schedule)
     fingerprint = adapter.fingerprint()
