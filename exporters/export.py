@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from mteo_deploy.bundle import MANIFEST, SCHEMA, Bundle, whole_directory, write_
 from mteo_deploy.directories import check_directory
 from mteo_deploy.embeddings import EmbeddingSet
 from mteo_deploy.errors import InputError
+from mteo_deploy.exporters.adapter_faults import names_of
 from mteo_deploy.exporters.base import Adapter, embeddings_at, load_backbone, site_dict
 from mteo_deploy.exporters.check_adapter import check_adapter
 from mteo_deploy.exporters.choice import choose, guidance_of
@@ -104,6 +105,16 @@ def _manifest(
         "reference": reference,
         "compiler": compiled.to_json(),
     }
+
+
+def _check_embeddings(rows: Callable[[int], dict[str, np.ndarray]], evaluations: int) -> None:
+    """Refuse what cannot be baked: an embedding, with what was learned, that is no number."""
+    for index in range(evaluations):
+        if broken := [name for name, values in rows(index).items() if not np.isfinite(values).all()]:
+            raise InputError(
+                f"expected finite embeddings; found NaN or Inf at evaluation {index} for {names_of(broken)}; mend the "
+                "adapter's embeddings at that time, or learn the set again"
+            )
 
 
 def export(
@@ -216,11 +227,12 @@ def export(
     checked = check_adapter(loaded)
     pipeline = load_pipeline(adapter, tile, latents)
     clock = time.monotonic()
+
+    def rows(index: int) -> dict[str, np.ndarray]:
+        return embeddings_at(adapter, chosen.plan, index, chosen.deltas)
+
+    _check_embeddings(rows, len(chosen.plan.evaluations))
     with reporter(quiet) as report, whole_directory(output, replace=MANIFEST) as directory:
-
-        def rows(index: int) -> dict[str, np.ndarray]:
-            return embeddings_at(adapter, chosen.plan, index, chosen.deltas)
-
         parts = pipeline.traces(adapter, options.dynamic)
         compiled = compile_bundle(adapter, chosen.plan, rows, directory, options, report, size, parts)
         if pipeline.text_encoder is not None:

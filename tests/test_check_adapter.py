@@ -624,15 +624,25 @@ def test_options_that_are_refused(make: Callable[..., Any], options: dict[str, A
 
 
 class Overflows(SongAdapter):
-    """Finite but at the highest noise."""
+    """As it should be, but at the highest noise."""
+
+    most = 1e30
 
     def embeddings(self, timestep: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(torch.where(timestep[:, None] > 1.05, torch.inf, one) for one in super().embeddings(timestep))
+        return tuple(torch.where(timestep[:, None] > 1.05, self.most, one) for one in super().embeddings(timestep))
+
+
+class Infinite(Overflows):
+    most = torch.inf
+
+
+def test_embeddings_must_be_finite_at_every_evaluation(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"finite embeddings; found NaN or Inf at evaluation 0 for blocks\.0\.affine"):
+        export(tmp_path / "bundle", model=Infinite(song(), EDM), steps=3, plain=True, realisations=["baked"], quiet=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_reference_must_be_finite(tmp_path: Path) -> None:
-    with pytest.raises(
-        InputError, match=r"finite numbers of the torch reference; found NaN or Inf in states, first at evaluation 2"
-    ):
+    with pytest.raises(InputError, match="torch reference; found NaN or Inf in states, first at evaluation 0 of 3"):
         export(tmp_path / "bundle", model=Overflows(song(), EDM), steps=3, plain=True, realisations=["baked"], quiet=True)
     assert not list(tmp_path.iterdir())
