@@ -11,9 +11,7 @@ lets the next session read this one's outputs. The tests run all of this on OrtV
 from __future__ import annotations
 
 import shutil
-import tempfile
 import threading
-import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from numpy.typing import NDArray
 from mteo_deploy.engines.device import DeviceArray, Function, Pool, Value, Values
 from mteo_deploy.engines.turns import Turns
 from mteo_deploy.errors import EngineError
+from mteo_deploy.files import Scratch
 from mteo_deploy.text import one_line
 
 BINDINGS = 64
@@ -90,8 +89,8 @@ class EngineFiles:
     """
 
     def __init__(self, stem: str, built: Path | None = None) -> None:
-        self._stem, self.directory = stem, Path(tempfile.mkdtemp(prefix="mteo-deploy-engine-"))
-        self.close = weakref.finalize(self, shutil.rmtree, self.directory, ignore_errors=True)
+        self._stem, self._scratch = stem, Scratch("mteo-deploy-engine-")
+        self.directory, self.close = self._scratch.path, self._scratch.close
         if built is not None:
             self._copy(built, self.directory)
 

@@ -6,7 +6,6 @@ the builder then stops at its next step.
 
 from __future__ import annotations
 
-import os
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from mteo_deploy.engines.base import ON_OFF, Option
 from mteo_deploy.engines.options import of
 from mteo_deploy.errors import EngineError, MissingPackageError
+from mteo_deploy.files import write_atomic
 from mteo_deploy.progress import Reporter, Silent
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def build_plan(device: Shared, path: Path, graph: str, options: Mapping[str, Any
         raise EngineError(f"tensorrt could not build {graph}: no implementation was found, or the memory was not enough")
     device.timing = bytes(timing.serialize())
     if file:
-        _write(file, device.timing)
+        write_atomic(file, device.timing)
     return bytes(plan)
 
 
@@ -171,14 +171,6 @@ def _set_timing(config: tensorrt.IBuilderConfig, stored: bytes, file: Path | Non
     where = f"the timing cache {file}" if file else "the times of the last build"
     warnings.warn(f"{where} was damaged, or made by another TensorRT or on another GPU; it is started anew", stacklevel=3)
     return _set_timing(config, b"", file)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Replace a file whole: builds of several bundles may share it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    temporary.replace(path)
 
 
 def progress_monitor(report: Reporter, graph: str) -> Any:

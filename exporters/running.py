@@ -6,12 +6,8 @@ one file for all graphs, and are mapped.
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +20,7 @@ from mteo_deploy.exporters.base import Adapter
 from mteo_deploy.exporters.emulate import emulate, has_bf16
 from mteo_deploy.exporters.passes.share import Share, WeightFile
 from mteo_deploy.exporters.steps import Steps
+from mteo_deploy.files import Scratch
 from mteo_deploy.sampler import noise_for
 
 Values = Mapping[str, NDArray[Any]]
@@ -44,8 +41,8 @@ class Graphs:
                 "expected onnxruntime for this precision, whose scales are calibrated by running the graphs; found none; run: "
                 "pip install 'mteo-deploy[cpu]', or take --precision fp16, bf16 or int4"
             )
-        self._directory = Path(tempfile.mkdtemp(prefix="mteo-deploy-precision-"))
-        weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)
+        self._scratch = Scratch("mteo-deploy-precision-")
+        self._directory = self._scratch.path
         self._weights = WeightFile(self._directory / "weights.bin")
         self._count = 0
 

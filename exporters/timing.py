@@ -8,11 +8,9 @@ change the second.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +25,7 @@ from mteo_deploy.exporters.passes.quantize import Format, Quantize, declined
 from mteo_deploy.exporters.passes.shapes import infer_shapes
 from mteo_deploy.exporters.passes.share import Share, WeightFile
 from mteo_deploy.exporters.running import Values
+from mteo_deploy.files import Scratch
 
 SECONDS, PAIRS = 20.0, 300
 """For all kinds of layers together, each time that they are measured; and runs of each kind at most."""
@@ -145,8 +144,8 @@ def _opener(engine: str, batches: Sequence[int]) -> Iterator[Any]:
     target = backend(engine)
     device = best_device(target)
     options = {"batch": list(batches)} if batches else {}
-    with tempfile.TemporaryDirectory(prefix="mteo-deploy-timing-", ignore_cleanup_errors=True) as name:
-        loose, weights = Bundle(Path(name), {}), WeightFile(Path(name, "weights.bin"))
+    with Scratch("mteo-deploy-timing-") as directory:
+        loose, weights = Bundle(directory, {}), WeightFile(directory / "weights.bin")
 
         def opened(model: ir.Model) -> Session:
             Share(weights)(model)

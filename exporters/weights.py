@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 
 from mteo_deploy.errors import InputError, border
 from mteo_deploy.exporters.checkpoint import SCALES, UNQUANTISE, Checkpoint, read_checkpoint, some
+from mteo_deploy.files import Scratch
 
 STEM = "diffusion_pytorch_model"
 INDEX = f"{STEM}.safetensors.index.json"
@@ -264,8 +265,7 @@ def in_float32(checkpoint: Checkpoint, names: Mapping[str, str] | None = None) -
     wanted = 4 * sum(math.prod(stored.shape) for stored in checkpoint.tensors.values())
     with ExitStack() as stack:
         with _room(wanted, checkpoint.directory):
-            scratch = tempfile.TemporaryDirectory(prefix="mteo-weights-", ignore_cleanup_errors=True)  # Windows: it is open
-            target = Path(stack.enter_context(scratch))
+            target = stack.enter_context(Scratch("mteo-weights-"))
             if 0 < (free := shutil.disk_usage(target).free) < wanted:
                 raise OSError(errno.ENOSPC, f"{free:,} are free there")
             for path in checkpoint.directory.glob("*.json"):

@@ -122,10 +122,10 @@ def destination(path: Path) -> Path:
     Raises:
         InputError: for links in a circle, or to a folder that is not there (a disk that is not mounted).
     """
-    if not path.is_symlink():
+    if not os.path.islink(path):
         return path
     end = Path(os.path.realpath(path))
-    if end.is_symlink():
+    if os.path.islink(end):
         raise InputError(f"expected a link that ends somewhere at {path}; found links in a circle; pass another -o/--output")
     if not end.parent.is_dir():
         raise InputError(f"expected a link to a place that is there at {path}; {end.parent} is not; pass another -o/--output")

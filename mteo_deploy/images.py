@@ -100,11 +100,13 @@ def check_output(path: Path, sample_shape: tuple[int, ...] | None = None, folder
         raise InputError(f"expected an output ending in .npz for samples of {shape}, which {what}; found {path}")
     if kind != "folder":
         check_file(path)
-    elif os.path.lexists(path) and not path.is_dir():
-        destination(path)  # says what is wrong with a link
+        if path.exists() and not path.is_file():
+            raise InputError(f"expected a file at {path}; found a device or a pipe; pass another -o/--output")
+        return
+    place = destination(path)
+    if os.path.lexists(place) and not place.is_dir():
         raise InputError(f"expected a folder at {path}; found something else; pass another -o/--output")
-    else:
-        check_folder(path)
+    check_folder(place)
 
 
 def _no_image(shape: tuple[int, ...]) -> str:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from mteo_deploy import images
 from mteo_deploy.bundle import MANIFEST, sha256_file
 from mteo_deploy.errors import InputError
-from mteo_deploy.files import LOCK, Scratch, destination, hold, sweep, written
+from mteo_deploy.files import LOCK, Scratch, check_folder, destination, hold, sweep, written
 from mteo_deploy.prompts import Texts
 from mteo_deploy.sample_request import Array, SampleRequest
 from mteo_deploy.sampler import Sampler
@@ -198,6 +198,8 @@ class SingleFile:
     def __init__(self, path: Path, place: Path, sampling: Sampling) -> None:
         self.path, self.place, self.sampling = path, place, sampling
         self.partial = place.with_name(f"{place.name}.partial")
+        if not os.path.lexists(self.partial):
+            check_folder(self.partial)  # its name is longer
         self._only: Array | None = None
         self._lock: Any = None
         older = self._older()

@@ -327,6 +327,8 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "dir.png").mkdir()
     (tmp_path / "round").symlink_to("round")
     (tmp_path / "null").symlink_to(os.devnull)
+    (tmp_path / "null.npz").symlink_to(os.devnull)
+    (tmp_path / "later").symlink_to("real")
     for name, words in {
         "file": "expected a folder at .*file; found something else",
         "file/grid.png": "expected a folder at .*file; found none",
@@ -334,12 +336,17 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
         "dir.png": "expected a file at .*; found a folder",
         "round": "circle",
         "null": "found something else",
+        "null.npz": "found a device or a pipe",
         "x" * 300: "too long",
         "x" * 300 + ".png": "too long",
     }.items():
         with pytest.raises(InputError, match=words):
             check_output(tmp_path / name)
     check_output(tmp_path / "dir.png", folder=True)
+    draw_into(tmp_path / "later", ASKED, SETTINGS, drawn)
+    assert (tmp_path / "later").is_symlink() and (tmp_path / "real" / "00009.png").is_file()
+    with pytest.raises(InputError, match="too long"):
+        draw_into(tmp_path / ("x" * 246 + ".npz"), ASKED, SETTINGS, stopping(0, AssertionError()))
 
 
 def test_one_row_for_all_images_is_not_copied() -> None:

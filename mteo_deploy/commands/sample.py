@@ -22,6 +22,7 @@ from mteo_deploy.commands.common import (
     split_numbers,
     verb,
 )
+from mteo_deploy.errors import InputError
 
 
 @click.command()
@@ -83,6 +84,8 @@ def sample(
     from mteo_deploy.sample_request import SampleRequest
     from mteo_deploy.sampler import Sampler
 
+    if not output:
+        raise InputError("expected a path with -o/--output; found an empty one")
     place, folder = Path(output), output.endswith(("/", os.sep))
     images.check_output(place, folder=folder)
     requests: dict[str, Any] = {} if request_file is None else given.read(request_file)
