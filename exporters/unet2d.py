@@ -51,7 +51,7 @@ class UNetAdapter(HookedAdapter):
 
 
 class UNet2DAdapter(UNetAdapter):
-    """``UNet2DModel``, unconditional or with class labels, with sinusoidal or Fourier time embedding."""
+    """``UNet2DModel``, unconditional or with class labels, with sinusoidal time embedding."""
 
     family = "UNet2DModel"
     network_class = UNet2DModel
