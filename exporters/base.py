@@ -465,7 +465,7 @@ def _loaded(cls: type[Adapter], path: Path, scheduler_config: dict[str, Any], we
             f"expected {name}.__init__ to set {', '.join(ATTRIBUTES)}; found no {', '.join(missing)}; set it there"
         )
     shape = found.sample_shape
-    if not isinstance(shape, Sequence) or len(shape) < 3 or not all(isinstance(n, int) and n > 0 for n in shape):
+    if not isinstance(shape, Sequence) or len(shape) < 2 or not all(isinstance(n, int) and n > 0 for n in shape):
         raise InputError(f"expected {name}.sample_shape as (channels, height, width); found {shape!r}; set it in __init__")
     if not isinstance(found.network, torch.nn.Module):
         raise InputError(f"expected {name}.network to be a torch module; found a {type(found.network).__name__}")

@@ -157,7 +157,7 @@ class Backbone(Struct, frozen=True):
     family: Name
     fingerprint: Name
     parameters: Count
-    sample_shape: Annotated[list[Size], Meta(min_length=3, max_length=4)]
+    sample_shape: Annotated[list[Size], Meta(min_length=2, max_length=4)]
     size_multiple: Size | None = None
     prediction_type: Name = ""
     license: Text | None = None
@@ -167,6 +167,17 @@ class Backbone(Struct, frozen=True):
         _need(
             math.prod(self.sample_shape) <= ELEMENTS, f"expected {ELEMENTS:,} numbers at most; found shape {self.sample_shape}"
         )
+
+
+class AdapterCheck(Struct, frozen=True):
+    """What ``export`` found when it compared the adapter with the network's own forward."""
+
+    error: Annotated[float, Meta(ge=0)]
+    times: Annotated[list[float], Meta(min_length=1, max_length=100)]
+    tolerance: Annotated[float, Meta(gt=0, le=1)]
+
+    def __post_init__(self) -> None:
+        _need(all(map(math.isfinite, (self.error, *self.times))), "expected finite numbers of the adapter's comparison")
 
 
 class Guidance(Struct, frozen=True):
@@ -358,6 +369,7 @@ class Manifest(Struct, frozen=True):
     decoder: Decoder | None = None
     text_encoder: TextEncoder | None = None
     left_out: dict[str, Text] = {}
+    adapter: AdapterCheck | None = None
     export_seconds: float = 0.0
     digest: Sha | None = None
 

@@ -27,7 +27,7 @@ from torch.nn.functional import dropout
 
 from mteo_deploy.cli import main
 from mteo_deploy.errors import InputError
-from mteo_deploy.exporters.base import Adapter
+from mteo_deploy.exporters.base import Adapter, load_backbone
 from mteo_deploy.exporters.check_adapter import TOLERANCE, check_adapter
 from mteo_deploy.exporters.dit import DiTAdapter
 from mteo_deploy.exporters.export import export
@@ -521,6 +521,25 @@ def test_weights_that_are_no_numbers(pipeline: Path, tmp_path: Path) -> None:
         found = CliRunner().invoke(main, [verb[0], "--model", str(path), *verb[1:]])
         assert found.exit_code == 2 and "found NaN or Inf in conv_out.bias (1 of" in found.output, found.output
     assert not (tmp_path / "bundle").exists()
+
+
+class Signals(SongAdapter):
+    """States of two axes."""
+
+    def __init__(self, network: Song, scheduler_config: dict[str, Any]) -> None:
+        super().__init__(network, scheduler_config)
+        self.sample_shape = (16, 8)
+
+    def call(self, state: torch.Tensor, requests: dict[str, torch.Tensor]) -> torch.Tensor:
+        return super().call(state.unflatten(1, (2, 8)), requests).flatten(1, 2)
+
+    def native(self, state: torch.Tensor, timestep: torch.Tensor, **requests: torch.Tensor) -> torch.Tensor:
+        return self.network(state.unflatten(1, (2, 8)), timestep).flatten(1, 2)
+
+
+def test_states_may_have_two_axes(model: Path) -> None:
+    found = load_backbone(model, f"{HERE}:Signals")
+    assert found.sample_shape == (16, 8) and check_adapter(found).error < TOLERANCE
 
 
 # --- what configurations are ------------------------------------------------------------------------------------------
