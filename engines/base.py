@@ -71,6 +71,10 @@ class Option:
         return text if text and (not isinstance(self.values, tuple) or text in self.values) else None
 
 
+MMAP = Option("weights are bytes of the bundle's files, which must not be written to meanwhile; or memory", ON_OFF, "on")
+"""Of the engines that map files."""
+
+
 @dataclass(frozen=True)
 class Layer:
     """One layer as the engine runs it, which may be several nodes of the graph in one.

@@ -188,6 +188,7 @@ def _save(bundle: Bundle, built: Candidate) -> Path:
             "measured": built.measured,
             "seconds_to_open": built.seconds_to_open,
             "files": cache.files_of(temporary),
+            "bytes": cache.sizes_of(temporary),
         }
         (temporary / cache.RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return directory

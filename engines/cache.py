@@ -10,21 +10,21 @@ import contextlib
 import hashlib
 import json
 import shlex
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mteo_deploy.bundle import MANIFEST, Bundle, sha256_file
-from mteo_deploy.engines import AUTO, BACKENDS, backend
+from mteo_deploy.bundle import Bundle, sha256_file
+from mteo_deploy.engines import AUTO, BACKENDS, backend, live, store
 from mteo_deploy.engines.base import Backend
 from mteo_deploy.engines.options import keyed, read
+from mteo_deploy.engines.store import RECORD, locked, scratch
 from mteo_deploy.errors import BundleError, InputError, MteoError
 from mteo_deploy.precision import label, rank
+from mteo_deploy.text import one_line
 
-RECORD = "engine.json"
+__all__ = ["RECORD", "Built", "check", "clean", "entries", "every", "find", "locked", "records", "scratch"]
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ def _text(name: str, value: Any) -> str:
 def missed(bundle: Bundle, parts: Mapping[str, Any]) -> dict[str, Any] | None:
     """Why the newest built engine of the same engine and device is not the one with these parts; None without one."""
     for path in records(bundle, parts["engine"], parts["device"]):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            changed = differences(json.loads(path.read_text(encoding="utf-8"))["parts"], parts)
+        with contextlib.suppress(BundleError):
+            changed = differences(store.read_record(path)["parts"], parts)
             return {"name": path.parent.name, "changed": changed} if changed else None
     return None
 
@@ -102,8 +102,13 @@ def directory(bundle: Bundle, parts: Mapping[str, Any]) -> Path:
 
 
 def files_of(directory: Path) -> dict[str, str]:
-    """SHA-256 of each file of a built engine beside its record."""
+    """SHA-256 of each file that a build wrote beside its record."""
     return {path.name: sha256_file(path) for path in sorted(directory.iterdir()) if path.name != RECORD}
+
+
+def sizes_of(directory: Path) -> dict[str, int]:
+    """Bytes of each of these files."""
+    return {path.name: path.stat().st_size for path in sorted(directory.iterdir()) if path.name != RECORD}
 
 
 def check(bundle: Bundle, path: Path) -> Built:
@@ -113,16 +118,12 @@ def check(bundle: Bundle, path: Path) -> Built:
         BundleError: why it does not fit the bundle as it is now.
         MteoError: why its engine does not work here.
     """
+    record = store.read_record(path)
+    parts = record["parts"]
+    device, options = parts["device"], dict(parts["options"])
     try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        parts = record["parts"]
-        name, device, options = parts["engine"], parts["device"], dict(parts["options"])
-        given = dict(options.get("engine_options", {}))
-    except (OSError, ValueError, KeyError, TypeError):
-        raise BundleError(f"{RECORD} cannot be read") from None
-    target = backend(name)
-    try:
-        read([target], given)
+        target = backend(parts["engine"])
+        read([target], dict(options.get("engine_options", {})))
         changed = differences(parts, now := key_parts(bundle, target, device, options))
     except InputError as error:
         raise BundleError(f"{error}, as another version of mteo-deploy has") from None
@@ -130,15 +131,16 @@ def check(bundle: Bundle, path: Path) -> Built:
         raise BundleError("; ".join(changed))
     if path.parent != directory(bundle, now):
         raise BundleError("moved from another key")
-    if files_of(path.parent) != record.get("files", {}):
-        raise BundleError("its files were altered")
+    live.remember(path.parent, store.check_files(bundle, path.parent, record))
     return Built(path.parent, target, record, bundle.manifest["precision"])
 
 
 def records(bundle: Bundle, engine: str = AUTO, device: str | None = None) -> list[Path]:
     """Records of built engines, newest first."""
-    pattern = f"engines/{'*' if engine == AUTO else engine}-{device or '*'}-*/{RECORD}"
-    return sorted(bundle.path.glob(pattern), key=lambda path: path.stat().st_mtime, reverse=True)
+    names = {entry.path: entry.path.name.rsplit("-", 2) for entry in store.entries(bundle) if entry.kind == "built"}
+    wanted = [path for path, (its, on, _) in names.items() if engine in (AUTO, its) and device in (None, on)]
+    times = {path / RECORD: (path / RECORD).stat().st_mtime for path in wanted}
+    return sorted(times, key=lambda path: times[path], reverse=True)
 
 
 def find(bundle: Bundle, engine: str = AUTO, device: str | None = None) -> Built:
@@ -171,6 +173,8 @@ def find(bundle: Bundle, engine: str = AUTO, device: str | None = None) -> Built
         raise problems[0]
     if reasons:
         raise BundleError(f"expected a built engine for this bundle; found stale ones ({' | '.join(reasons)}); {command}")
+    if strays := [f"{one.path.name}: {one.reason}" for one in store.entries(bundle) if one.kind == "stray"]:
+        command += f"; what else lies in engines/ is none ({' | '.join(map(one_line, strays[:3]))})"
     what = " ".join(part for part in ("" if engine == AUTO else engine, f"on {device}" if device else "") if part)
     raise BundleError(f"expected a built engine{what and ' of ' + what} in {bundle.path}; found none; {command}")
 
@@ -200,9 +204,9 @@ def every(bundle: Bundle, engines: Sequence[str] = (), device: str | None = None
 
 def _again(path: Path, engine: str) -> str:
     """The options of an older build, as the command line takes them; its engine too, where they are of that engine alone."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        parts = json.loads(path.read_text(encoding="utf-8"))["parts"]
-        options = parts["options"]
+    with contextlib.suppress(BundleError):
+        parts = store.read_record(path)["parts"]
+        options = dict(parts["options"])
         own = [("option", f"{name}={value}") for name, value in options.pop("engine_options", {}).items()]
         texts = [(name, _text(name, value)) for name, value in options.items()]
         texts += [("engine", parts["engine"]), *own] if own and engine == AUTO else own
@@ -211,62 +215,47 @@ def _again(path: Path, engine: str) -> str:
 
 
 def entries(bundle: Bundle) -> list[dict[str, Any]]:
-    """Every directory under ``engines/``: name, bytes, and whether it fits the bundle as it is now, or why not."""
-    found = []
-    for path in sorted((bundle.path / "engines").glob("*")):
-        if not path.is_dir():
-            continue
-        reason = ""
+    """Everything under ``engines/``: name, kind, bytes, and whether it fits the bundle as it is now, or why not.
+
+    The kind is ``built``, ``left`` (by a build that was interrupted, or of one that runs) or ``stray``: none of ours.
+    """
+    return [_described(bundle, entry) for entry in store.entries(bundle)]
+
+
+def _described(bundle: Bundle, entry: store.Entry) -> dict[str, Any]:
+    reason = entry.reason
+    if entry.kind == "built":
         try:
-            check(bundle, path / RECORD)
+            check(bundle, entry.path / RECORD)
         except MteoError as error:
-            reason = str(error) if (path / RECORD).is_file() else "left by a build that was interrupted"
-        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        found.append({"name": path.name, "bytes": size, "fits": not reason, "reason": reason})
-    return found
+            reason = str(error)
+    found = {"name": entry.path.name, "kind": entry.kind, "bytes": entry.bytes, "fits": not reason, "reason": reason}
+    return found | ({"beside": store.beside(entry)} if entry.kind == "built" else {})
 
 
 def clean(bundle: Bundle, everything: bool = False) -> list[dict[str, Any]]:
-    """Delete the built engines that do not fit the bundle (any more), or all of them; returns what was deleted."""
+    """Delete the built engines that do not fit the bundle (any more), or all of them, and what interrupted builds left.
+
+    Strays, and what a build that runs works in, stay.
+
+    Returns:
+        what was deleted, as :func:`entries` describes it.
+    """
+    if not _doomed(bundle, everything):
+        return []
     with locked(bundle):
-        doomed = [entry for entry in entries(bundle) if everything or not entry["fits"]]
-        for entry in doomed:
-            shutil.rmtree(bundle.path / "engines" / entry["name"])
-    return doomed
+        deleted = []
+        for entry, found in _doomed(bundle, everything):
+            if kept := store.remove(entry):
+                found["reason"] = f"{found['reason'] or 'fits the bundle'}; {kept}"
+            deleted.append(found)
+    return deleted
 
 
-@contextlib.contextmanager
-def locked(bundle: Bundle) -> Iterator[None]:
-    """One build (or clean) at a time per bundle: a second one waits. Released when the process ends, however it ends.
-
-    Without ``fcntl`` (Windows) two builds run side by side, and the last one to finish stays.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with (bundle.path / MANIFEST).open("rb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-@contextlib.contextmanager
-def scratch(bundle: Bundle) -> Iterator[Path]:
-    """A directory under ``engines/`` for what a build may still discard; it is gone when the block ends, or with :func:`clean`.
-
-    Raises:
-        InputError: for a bundle that cannot be written to.
-    """
-    parent = bundle.path / "engines"
-    try:
-        parent.mkdir(exist_ok=True)
-        directory = tempfile.TemporaryDirectory(prefix=".build.", suffix=".tmp", dir=parent)
-    except OSError as error:
-        raise InputError(f"cannot write into {bundle.path}: {error.strerror or error}; build a copy") from None
-    try:
-        with directory as name:
-            yield Path(name)
-    finally:
-        with contextlib.suppress(OSError):  # not empty: what was built
-            parent.rmdir()
+def _doomed(bundle: Bundle, everything: bool) -> list[tuple[store.Entry, dict[str, Any]]]:
+    found = [(entry, _described(bundle, entry)) for entry in store.entries(bundle)]
+    return [
+        (entry, described)
+        for entry, described in found
+        if (entry.kind == "built" and (everything or not described["fits"])) or entry.reason == store.INTERRUPTED
+    ]

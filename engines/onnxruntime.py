@@ -35,8 +35,9 @@ from numpy.typing import NDArray
 
 from mteo_deploy.bundle import Bundle
 from mteo_deploy.engines import nvidia, ortgpu
-from mteo_deploy.engines.base import ON_OFF, Layer, Option, Session
+from mteo_deploy.engines.base import MMAP, ON_OFF, Layer, Option, Session
 from mteo_deploy.engines.device import Values
+from mteo_deploy.engines.live import Mapped, check_all, mapped_weights
 from mteo_deploy.engines.options import of
 from mteo_deploy.engines.ortvalues import BoundSession, EngineFiles, OrtDevice
 from mteo_deploy.engines.turns import Turns
@@ -68,6 +69,7 @@ OPTIONS = {
     "prepacking": Option("weights laid out again for speed, in memory of their own for each graph", ON_OFF, "on"),
     "optimization": Option("how far the graph is rewritten when it is opened", tuple(OPTIMIZATION), "all"),
     "arena": Option("memory of activations: each graph's own, or one that all graphs use in turn", ("own", "shared"), "shared"),
+    "mmap": MMAP,
     **ortgpu.OPTIONS,
 }
 
@@ -122,16 +124,40 @@ def _share_arena(onnxruntime: Any) -> None:
             raise EngineError(f"onnxruntime could not make a shared arena: {error}; build with --option arena=own") from None
 
 
-class OnnxRuntimeSession:
-    """One graph in an ``onnxruntime.InferenceSession``, which any number of threads may run at once."""
+def _read_weights(settings: Any, bundle: Bundle, graph: str) -> list[NDArray[np.uint8]]:
+    """Give ONNX Runtime the bytes of the files that hold a graph's weights; else it maps them.
 
-    def __init__(self, session: Any) -> None:
-        self._session = session
+    Returns:
+        the bytes, which have to be there until the session is made; it copies what it goes on using.
+    """
+    if not hasattr(settings, "add_external_initializers_from_files_in_memory"):
+        raise EngineError("expected an onnxruntime that takes weights from memory for --option mmap=off; upgrade onnxruntime")
+    names = bundle.external.get(graph, ())
+    read = [np.fromfile(bundle.file(name), np.uint8) for name in names]
+    if read:
+        settings.add_external_initializers_from_files_in_memory(
+            [PurePosixPath(name).name for name in names], read, [content.size for content in read]
+        )
+    return read
+
+
+class OnnxRuntimeSession:
+    """One graph in an ``onnxruntime.InferenceSession``, which any number of threads may run at once.
+
+    Args:
+        mapped: the files whose bytes it goes on using.
+    """
+
+    def __init__(self, session: Any, mapped: Sequence[Mapped] = ()) -> None:
+        self._session, self._mapped = session, mapped
         self._inputs = {value.name for value in session.get_inputs()}
         self._turns: Turns[Any] = Turns(lambda: session)
 
     def run(self, feeds: Values) -> list[Any]:
-        return self._turns.run(lambda session: self._run(session, feeds))
+        check_all(self._mapped)
+        found = self._turns.run(lambda session: self._run(session, feeds))
+        check_all(self._mapped)
+        return found
 
     def _run(self, session: Any, feeds: Values) -> list[Any]:
         try:
@@ -214,7 +240,10 @@ class OnnxRuntimeBackend:
             raise EngineError(f"expected a device out of {', '.join(self.devices())} for onnxruntime; found {device!r}")
         if gpu := [name for name in options.get("engine_options", {}) if name in ortgpu.OPTIONS]:
             raise InputError(f"expected --device cuda with --option {gpu[0]}; found --device cpu")
-        return OnnxRuntimeSession(self._session(bundle, graph, options, [CPU]))
+        mapped = mapped_weights(bundle, graph)
+        session = self._session(bundle, graph, options, [CPU])
+        check_all(mapped)
+        return OnnxRuntimeSession(session, mapped if of(OPTIONS, options)["mmap"] == "on" else ())
 
     def _open_on_gpu(self, bundle: Bundle, graph: str, options: Mapping[str, Any], built: Path | None) -> Session:
         onnxruntime, own, stem = package(), of(OPTIONS, options), PurePosixPath(graph).stem
@@ -282,8 +311,11 @@ class OnnxRuntimeBackend:
             settings.add_session_config_entry("session.use_env_allocators", "1")
         try:
             # enable_fallback: or a provider that cannot be made is left out, and a session on the CPU is what one gets
+            read = _read_weights(settings, bundle, graph) if own["mmap"] == "off" else []
             with bundle.opened(graph) as path:
-                return onnxruntime.InferenceSession(path, settings, providers=providers, enable_fallback=0)
+                session = onnxruntime.InferenceSession(path, settings, providers=providers, enable_fallback=0)
+            del read
+            return session
         except MteoError:
             raise
         except Exception as error:  # onnxruntime's exceptions share no base of their own

@@ -11,7 +11,7 @@ OpenVINO computes in bf16 by its own choice where the processor can. Precision i
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -20,9 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mteo_deploy.bundle import Bundle
-from mteo_deploy.engines.base import ON_OFF, Layer, Option, Session
+from mteo_deploy.engines.base import MMAP, ON_OFF, Layer, Option, Session
 from mteo_deploy.engines.batches import SHARED, BatchSizes, SizesAsTheyCome
 from mteo_deploy.engines.device import Values
+from mteo_deploy.engines.live import Mapped, check_all, mapped_stored, mapped_weights, stored
 from mteo_deploy.engines.options import of
 from mteo_deploy.engines.turns import Turns
 from mteo_deploy.errors import EngineError, MissingPackageError, MteoError
@@ -39,6 +40,7 @@ OPTIONS = {
     "streams": Option("runs at once that the processors are divided among", range(1, 1025)),
     "pinning": Option("worker threads bound to processors", ON_OFF),
     "hyper_threading": Option("both threads of a core are used", ON_OFF),
+    "mmap": MMAP,
 }
 PROPERTIES = {"streams": "NUM_STREAMS", "pinning": "ENABLE_CPU_PINNING", "hyper_threading": "ENABLE_HYPER_THREADING"}
 KEPT = 1 << 30
@@ -76,19 +78,31 @@ class OpenVinoSession:
     Args:
         size: images that it was made for; None for any number.
         kept: whether :meth:`save` writes it.
-        read: the mapped file that it was read from, whose weights it goes on using; None where it was compiled.
+        read: the file that it was read from, whose weights it goes on using; None where it was compiled.
+        mapped: the files whose bytes it goes on using.
     """
 
-    def __init__(self, compiled: Any, size: int | None, kept: bool = True, read: NDArray[np.uint8] | None = None) -> None:
+    def __init__(
+        self,
+        compiled: Any,
+        size: int | None,
+        kept: bool = True,
+        read: NDArray[np.uint8] | None = None,
+        mapped: Sequence[Mapped] = (),
+    ) -> None:
         self._compiled, self._size, self._kept = compiled, size, kept
         self._inputs = [set(value.names) for value in compiled.inputs]  # several of one that a removed node passed on as it was
         self._outputs = list(compiled.outputs)
         most = int(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
         self._requests = Turns(compiled.create_infer_request, most)
+        self._mapped = mapped
         self._read = read  # goes after what looks into it, also where nobody closes the session
 
     def run(self, feeds: Values) -> list[Any]:
-        return self._requests.run(lambda request: self._infer(request, feeds))
+        check_all(self._mapped)
+        found = self._requests.run(lambda request: self._infer(request, feeds))
+        check_all(self._mapped)
+        return found
 
     def _infer(self, request: Any, feeds: Values) -> list[Any]:
         missing = [names for names in self._inputs if not names & feeds.keys()]  # it would keep what the last run was given
@@ -177,8 +191,8 @@ class OpenVinoBackend:
         kept = sum(entry["bytes"] for name, entry in files if name.startswith("graphs/")) <= KEPT
 
         def session(size: int | None) -> OpenVinoSession:
-            compiled, read = self._compiled(core, bundle, graph, DEVICES[device], config, size, built)
-            return OpenVinoSession(compiled, size, kept, read)
+            compiled, read, mapped = self._compiled(core, bundle, graph, DEVICES[device], config, size, built)
+            return OpenVinoSession(compiled, size, kept, read, mapped)
 
         sizes = options.get("batch")
         if sizes:
@@ -193,11 +207,12 @@ class OpenVinoBackend:
         if sizes and batch not in sizes:
             raise EngineError(f"expected --batch out of the sizes openvino was built for, {sizes}; found {batch}")
         size = batch if _is_open(bundle) else None
-        compiled, _ = self._compiled(core, bundle, graph, DEVICES[device], {**config, "PERF_COUNT": "YES"}, size, None)
+        compiled, *_ = self._compiled(core, bundle, graph, DEVICES[device], {**config, "PERF_COUNT": "YES"}, size, None)
         return OpenVinoProfiledSession(compiled, size)
 
     def _config(self, device: str, options: Mapping[str, Any]) -> tuple[Any, dict[str, str]]:
         core = _core()
+        core.set_property({"ENABLE_MMAP": of(OPTIONS, options)["mmap"] == "on"})
         if device not in DEVICES or DEVICES[device] not in core.available_devices:
             raise EngineError(f"expected a device out of {', '.join(self.devices())} for openvino; found {device!r}")
         own = of(OPTIONS, options)
@@ -214,25 +229,30 @@ class OpenVinoBackend:
     @staticmethod
     def _compiled(
         core: Any, bundle: Bundle, graph: str, device: str, config: dict[str, str], size: int | None, built: Path | None
-    ) -> tuple[Any, NDArray[np.uint8] | None]:
-        """A graph compiled, or read, with the array that has to outlive it then."""
-        path = None if built is None else built / _file(graph, size)
+    ) -> tuple[Any, NDArray[np.uint8] | None, list[Mapped]]:
+        """A graph compiled, or read, with the array that has to outlive it then, and the files that are mapped."""
+        path, mmap = stored(built, _file(graph, size)), bool(core.get_property("ENABLE_MMAP"))
         try:
-            if path is not None and path.is_file():
+            mapped = mapped_weights(bundle, graph) if path is None else mapped_stored(built, _file(graph, size))
+            if path is not None:
                 from openvino import Tensor
 
-                read = np.memmap(path, np.uint8, "c")
-                return core.import_model(Tensor(read, shared_memory=True), device, config), read
+                read = np.memmap(path, np.uint8, "c") if mmap else np.fromfile(path, np.uint8)
+                compiled = core.import_model(Tensor(read, shared_memory=True), device, config)
+                check_all(mapped)
+                return compiled, read, mapped if mmap else []
             with bundle.opened(graph) as source:
                 model = core.read_model(source)
                 if size is not None:
                     of_images = [value for value in model.inputs if not {*SHARED} & set(value.names)]
                     model.reshape({value.any_name: [size, *list(value.partial_shape)[1:]] for value in of_images})
-                return core.compile_model(model, device, config), None
+                compiled = core.compile_model(model, device, config)
+            check_all(mapped)
+            return compiled, None, mapped if mmap else []
         except MteoError:
             raise
         except Exception as error:  # RuntimeError as a rule
-            where = f"{path}; build again" if path is not None and path.is_file() else f"{graph}; export again or report it"
+            where = f"{path}; build again" if path is not None else f"{graph}; export again or report it"
             raise EngineError(f"openvino could not open {where} ({one_line(error)})") from None
 
 

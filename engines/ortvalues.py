@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mteo_deploy.engines.device import DeviceArray, Function, Pool, Value, Values
+from mteo_deploy.engines.live import stored
 from mteo_deploy.engines.turns import Turns
 from mteo_deploy.errors import EngineError
 from mteo_deploy.files import Scratch
@@ -99,7 +100,8 @@ class EngineFiles:
 
     def _copy(self, source: Path, target: Path) -> None:
         for path in source.glob(f"{self._stem}_*"):
-            shutil.copyfile(path, target / path.name)
+            if found := stored(source, path.name):
+                shutil.copyfile(found, target / path.name)
 
 
 class BoundSession:

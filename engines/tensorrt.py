@@ -25,6 +25,7 @@ from mteo_deploy.bundle import Bundle
 from mteo_deploy.engines.base import Layer, ProfiledSession, Session
 from mteo_deploy.engines.cuda import CudaDevice, NotCapturedError, cuda
 from mteo_deploy.engines.device import DeviceArray, Value, Values
+from mteo_deploy.engines.live import stored
 from mteo_deploy.engines.options import of
 from mteo_deploy.engines.tensorrt_build import MIB, OPTIONS, build_plan, errors_of, package
 from mteo_deploy.engines.turns import Turns
@@ -128,9 +129,9 @@ class TensorRtSession:
         (directory / f"{stem}.layers.json").write_text(self._inspect(), encoding="utf-8")
 
     def close(self) -> None:
-        if self._turns.close():
-            self._context = None  # before the engine that it belongs to
-            self._engine = None
+        if self._turns.close() and hasattr(self, "_context"):
+            del self._context  # before the engine that it belongs to
+            del self._engine
 
     def _inspect(self) -> str:
         """The layers of the plan, in JSON."""
@@ -264,9 +265,8 @@ class TensorRtBackend:
         if device not in self.devices():
             raise EngineError(f"expected a device out of {', '.join(self.devices()) or 'none'} for tensorrt; found {device!r}")
         shared, own = self._device(), of(OPTIONS, options)
-        path = None if built is None else built / f"{PurePosixPath(graph).stem}.plan"
-        stored = path is not None and path.is_file()
-        if path and stored:
+        path = stored(built, f"{PurePosixPath(graph).stem}.plan")
+        if path:
             plan = path.read_bytes()
         else:
             with bundle.opened(graph) as source:

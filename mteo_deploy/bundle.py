@@ -58,7 +58,7 @@ class Bundle:
 
     path: Path
     manifest: dict[str, Any]
-    checked: Mapping[str, CheckedFile] = field(default_factory=dict, repr=False, compare=False)
+    checked: dict[str, CheckedFile] = field(default_factory=dict, repr=False, compare=False)
     external: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -123,7 +123,8 @@ class Bundle:
 
     def _checked(self, name: str) -> CheckedFile:
         try:
-            return self.checked[name].again()
+            found = self.checked[name] = self.checked[name].again()  # what was hashed again is not hashed a third time
+            return found
         except KeyError:
             raise BundleError(f"{self.path}: the manifest names no file {name!r}; export again") from None
         except UnreadableError as error:
@@ -148,8 +149,11 @@ class Bundle:
             directory = together(files, self.path / "engines")
         except UnreadableError as error:
             raise BundleError(f"{self.path}: {graph} {error}") from None
-        with directory:
-            yield Path(directory.name, PurePosixPath(graph).name)
+        try:
+            with directory:
+                yield Path(directory.name, PurePosixPath(graph).name)
+        finally:
+            self.checked.update({file.name: file.linked_elsewhere() for file in files})
 
     @cached_property
     def plan(self) -> Plan:

@@ -123,6 +123,8 @@ def _is_built(path: Path) -> bool:
     """Whether an entry of ``engines/`` is a built engine, or what a build left."""
     if path.is_symlink():
         return False
+    if path.name == ".lock":  # of a build that was killed
+        return path.is_file()
     return path.is_dir() and ((path / RECORD).is_file() or (path.name.startswith(".") and path.name.endswith(".tmp")))
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 
 from mteo_deploy.bundle import Bundle
 from mteo_deploy.engines import backend
-from mteo_deploy.engines.cache import Built
+from mteo_deploy.engines.cache import Built, scratch
 from mteo_deploy.errors import MissingPackageError
 from mteo_deploy.numerics import relative_error, worst_place
 
@@ -199,14 +198,13 @@ def _beside(bundle: Bundle, graph: str, model: Any) -> Iterator[Bundle]:
     It lies among the built engines, where ``cache clean`` finds what a killed run leaves. Copied, because readers of ONNX
     refuse weights that lie elsewhere, by symbolic and by hard links too; every probe reads the weights anyway.
     """
-    (bundle.path / "engines").mkdir(exist_ok=True)
     places = {entry.value for value in model.graph.initializer for entry in value.external_data if entry.key == "location"}
-    with tempfile.TemporaryDirectory(prefix=".bisect.", suffix=".tmp", dir=bundle.path / "engines") as directory:
-        folder = (Path(directory) / graph).parent
+    with scratch(bundle, "bisect") as directory:
+        folder = (directory / graph).parent
         folder.mkdir(parents=True)
         for place in places:
             shutil.copyfile(bundle.file(str(PurePosixPath(graph).parent / place)), folder / place)
-        yield Bundle(Path(directory), bundle.manifest)
+        yield Bundle(directory, bundle.manifest)
 
 
 def onnx_package() -> Any:

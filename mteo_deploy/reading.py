@@ -30,8 +30,11 @@ DIGITS = 20
 
 logger = logging.getLogger(__name__)
 
-Identity = tuple[int, int, int, int]
-"""Device, inode, size and time of the last change in nanoseconds."""
+Identity = tuple[int, int, int, int, int]
+"""Device, inode, size, and when the content and the inode last changed, in nanoseconds. The last of them nobody can put back;
+hard links change it too."""
+CONTENT = slice(0, 4)
+"""Of an identity: what hard links leave alone."""
 
 
 class UnreadableError(ValueError):
@@ -95,7 +98,7 @@ def read_regular(path: Path | str, most: int) -> bytes:
 
 
 def identity(status: os.stat_result) -> Identity:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,13 @@ class CheckedFile:
             raise UnreadableError(f"cannot be read any more ({error.strerror or error}); open the bundle again") from None
         return replace(self, identity=_hashed(self.path, self.size, self.sha256)[0])
 
+    def linked_elsewhere(self) -> CheckedFile:
+        """The same file after we ourselves made or removed a hard link to it."""
+        with suppress(OSError):
+            now = identity(self.path.stat())
+            return replace(self, identity=now) if now[CONTENT] == self.identity[CONTENT] else self
+        return self
+
 
 def _hashed(path: Path, size: int, sha256: str, keep: bool = False) -> tuple[Identity, bytes | None]:
     """The identity of a file of this size and hash, and its content where it is to be kept."""
@@ -150,11 +160,11 @@ def _hashed(path: Path, size: int, sha256: str, keep: bool = False) -> tuple[Ide
             now = os.fstat(file.fileno())
     except OSError as error:
         raise UnreadableError(f"cannot be read ({error.strerror or error}); export again") from None
-    if identity(now) != identity(status):
+    if identity(now)[CONTENT] != identity(status)[CONTENT]:
         raise UnreadableError("was written to while it was read; wait until it is whole")
     if found.hexdigest() != sha256:
         raise UnreadableError("was altered (its SHA-256 differs from the manifest's); export again")
-    return identity(status), content
+    return identity(now), content
 
 
 def locate(root: Path, name: str) -> tuple[Path, bool]:

@@ -240,8 +240,10 @@ def test_what_it_needs(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_killed_runs_are_cleaned(bundle_copy: Path) -> None:
     from mteo_deploy.engines import cache
 
-    shutil.copytree(bundle_copy / "graphs", bundle_copy / "engines" / ".bisect.abc.tmp" / "graphs")
-    assert [entry["name"] for entry in cache.clean(Bundle.open(bundle_copy))] == [".bisect.abc.tmp"]
+    left = bundle_copy / "engines" / ".bisect.abcd0123.tmp"
+    shutil.copytree(bundle_copy / "graphs", left / "graphs")
+    (left / ".lock").touch()  # which nobody holds any more
+    assert [entry["name"] for entry in cache.clean(Bundle.open(bundle_copy))] == [left.name]
     assert nothing_left(bundle_copy)
 
 

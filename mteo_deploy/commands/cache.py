@@ -42,8 +42,13 @@ def clean(bundle: Path, everything: bool, as_json: bool) -> None:
     """
     from mteo_deploy.bundle import Bundle
     from mteo_deploy.engines import cache as built
+    from mteo_deploy.engines import store
 
-    _show_built(built.clean(Bundle.open(bundle), everything), as_json, "deleted ")
+    opened = Bundle.open(bundle)
+    _show_built(built.clean(opened, everything), as_json, "deleted ")
+    for entry in store.entries(opened) if not as_json else ():
+        if entry.kind != "built":
+            echo(f"kept {entry.path.name}: {entry.reason}")
 
 
 def _show_built(entries: list[dict[str, Any]], as_json: bool, what: str = "") -> None:
@@ -52,5 +57,7 @@ def _show_built(entries: list[dict[str, Any]], as_json: bool, what: str = "") ->
         return
     for entry in entries:
         echo(f"{what}{entry['name']}, {entry['bytes'] / 1e6:.2f} MB: {entry['reason'] or 'fits the bundle'}")
+        if not what and entry.get("beside"):
+            echo(f"  in it, and no file of the build: {', '.join(entry['beside'][:5])}")
     if not entries:
         echo("nothing" if what else "no built engines; mteo-deploy build makes one")
