@@ -202,6 +202,14 @@ class Adapter(ABC, torch.nn.Module):
             f"{NATIVE}"
         )
 
+    def guide(self, negative: torch.Tensor, positive: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Classifier-free guidance as the family's pipeline does it, of the outputs of both branches ``[batch, ...]``.
+
+        Args:
+            scale: ``[batch, 1, ...]``.
+        """
+        return negative + scale * (positive - negative)
+
     @contextmanager
     def recomputing_blocks(self) -> Iterator[bool]:
         """While it lasts, the network keeps nothing of what it computes inside its blocks, and computes it again for the

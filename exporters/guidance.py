@@ -1,5 +1,6 @@
 """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598, equation 6): the network's output moved away from the one
-without the condition, ``negative + scale * (positive - negative)``.
+without the condition, ``negative + scale * (positive - negative)``; some pipelines then give it its old length again
+(``Adapter.guide``).
 
 The network is called once, on both branches of every image. The two rows of an image are neighbours, negative first, so that
 whatever is cut off such a batch is a row for each image again, with both branches in it (``exporters/branches.py``).
@@ -80,7 +81,7 @@ class GuidedAdapter(Adapter):
         """``[batch, ...]`` of the output for both branches' neighbouring rows, ``[2 * batch, ...]``."""
         scale = requests[GUIDANCE_SCALE].reshape(-1, *[1] * (state.ndim - 1))
         negative, positive = output.reshape(state.shape[0], 2, *output.shape[1:]).unbind(1)
-        return negative + scale * (positive - negative)
+        return self._inner[0].guide(negative, positive, scale)
 
     def _negative(self, name: str, requests: dict[str, torch.Tensor]) -> torch.Tensor:
         if name not in self.negatives:

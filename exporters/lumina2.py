@@ -19,7 +19,7 @@ from diffusers.models.normalization import LuminaRMSNormZero
 
 from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.hooks import HookedAdapter
-from mteo_deploy.exporters.patches import pack, unpack
+from mteo_deploy.exporters.patches import as_long, pack, unpack
 from mteo_deploy.exporters.rotary import RealRotations, Rotation
 from mteo_deploy.requests import Request
 
@@ -92,6 +92,10 @@ class Lumina2Adapter(HookedAdapter):
         batch, places = length.shape[0], image.cos.shape[0]
         after = along.at(length).unsqueeze(1).expand(batch, places, -1)
         return prompt.expand(batch, self.tokens, -1), Rotation.joined([after, image.expand(batch, places, -1)], -1)
+
+    def guide(self, negative: torch.Tensor, positive: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Each row of the output keeps the length that it has with the prompt (the pipeline's ``cfg_normalization``)."""
+        return as_long(super().guide(negative, positive, scale), positive)
 
     def embeddings(self, timestep: torch.Tensor) -> tuple[torch.Tensor, ...]:
         embed = self.network.time_caption_embed

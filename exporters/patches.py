@@ -26,3 +26,8 @@ def unpack(tokens: torch.Tensor, rows: int, columns: int, size: int = 2, channel
     else:
         patches = tokens.reshape(-1, rows, columns, channels, size, size).permute(0, 3, 1, 4, 2, 5)
     return patches.reshape(-1, channels, size * rows, size * columns)
+
+
+def as_long(values: torch.Tensor, measure: torch.Tensor) -> torch.Tensor:
+    """``values`` with the lengths that ``measure`` has along the last axis."""
+    return values * (torch.norm(measure, dim=-1, keepdim=True) / torch.norm(values, dim=-1, keepdim=True))

@@ -14,7 +14,7 @@ from diffusers import QwenImageTransformer2DModel
 
 from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.hooks import HookedAdapter
-from mteo_deploy.exporters.patches import pack, unpack
+from mteo_deploy.exporters.patches import as_long, pack, unpack
 from mteo_deploy.exporters.rotary import RealRotations, Rotation
 from mteo_deploy.requests import Request
 
@@ -84,6 +84,12 @@ class QwenImageAdapter(HookedAdapter):
 
     def _turn(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
         return self._turns if self._in_call else None
+
+    def guide(self, negative: torch.Tensor, positive: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Each token of the output keeps the length that it has with the prompt, as in the pipeline."""
+        rows, columns = positive.shape[2] // 2, positive.shape[3] // 2
+        found = super().guide(pack(negative), pack(positive), scale.flatten(1).unsqueeze(-1))
+        return unpack(as_long(found, pack(positive)), rows, columns)
 
     def embeddings(self, timestep: torch.Tensor) -> tuple[torch.Tensor, ...]:
         embed = self.network.time_text_embed
