@@ -15,7 +15,7 @@ from mteo_deploy.decoding import check_tile, decode_in_tiles
 from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.base import Adapter
 from mteo_deploy.exporters.decoder import CLASSES, Decoder, load_decoder
-from mteo_deploy.exporters.directory import DECODERS
+from mteo_deploy.exporters.directory import DECODERS, INDEX
 from mteo_deploy.exporters.text import TextEncoder, load_text_encoder
 from mteo_deploy.exporters.trace import trace_decoder, trace_text_encoder
 
@@ -106,7 +106,7 @@ def _decoder(adapter: Adapter, latents: bool) -> Decoder | str | None:
     if latents or part in pipeline.leave_out:
         return f"the {part} ({cls}) was left out with {'--latents' if latents else '--leave-out'}: samples are latents"
     if cls not in CLASSES or not where.is_dir():
-        found = f"a {cls}" if where.is_dir() else f"no directory {where}, though model_index.json names one"
+        found = f"a {cls}" if where.is_dir() else f"a {cls} in {INDEX}, and no directory {where}"
         raise InputError(
             f"expected a {part} of class {' or '.join(CLASSES)}, which decodes the samples; found {found}; for a bundle that "
             "gives latents pass --latents to export"
