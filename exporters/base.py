@@ -251,7 +251,7 @@ class Adapter(ABC, torch.nn.Module):
             self.levels,
             steps=count,
             solver=solver,
-            schedule=schedule if points is None or schedule == SCHEDULER else None,
+            schedule=schedule if isinstance(schedule, str) and (points is None or schedule == SCHEDULER) else None,
             prediction_type=self.prediction_type,
             points=points,
         )

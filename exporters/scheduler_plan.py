@@ -46,10 +46,10 @@ class _Double(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        func = torch.Tensor.double if func is torch.Tensor.float else func
+        call: Callable[..., Any] = torch.Tensor.double if func is torch.Tensor.float else func
         swapped = [torch.float64 if value is torch.float32 else value for value in args]
         named = {name: torch.float64 if value is torch.float32 else value for name, value in (kwargs or {}).items()}
-        return func(*swapped, **named)
+        return call(*swapped, **named)
 
 
 @contextmanager

@@ -44,17 +44,17 @@ class Stepwise:
     def __init__(self, evaluations: int, history: int) -> None:
         self.evaluations, self.history = evaluations, history
 
-    def step(self, index: int, state: Value, history: Sequence[Value | None], request: Values) -> tuple[Value, Value | None]:
-        """Evaluation ``index``: ``(next state, kept quantity or None)``; ``history`` is newest first, with what was kept."""
+    def step(self, index: int, state: Value, history: Sequence[Value], request: Values) -> tuple[Value, Value | None]:
+        """Evaluation ``index``: ``(next state, kept quantity or None)``; ``history`` is newest first, an entry for each."""
         raise NotImplementedError
 
     def states(self, state: Value, request: Values, count: int | None = None) -> list[Value]:
         """As :meth:`Loop.states`; of the first ``count`` evaluations only, where that is given."""
-        history: list[Value | None] = []
+        history: list[Value] = []
         states = []
         for i in range(self.evaluations if count is None else count):
             state, kept = self.step(i, state, history, request)
-            history.insert(0, kept)  # None, which nothing reads, keeps its place: a lag counts evaluations
+            history.insert(0, state if kept is None else kept)  # a lag counts evaluations, also those that nothing is kept of
             del history[self.history :]
             states.append(state)
         return states
@@ -91,7 +91,7 @@ class Baked(Stepwise):
         self._lags = [_lags(entry) for entry in entries]
         self._sources = [_sources(bundle, entry, entry.get("requests", {})) for entry in entries]
 
-    def step(self, index: int, state: Value, history: Sequence[Value | None], request: Values) -> tuple[Value, Value | None]:
+    def step(self, index: int, state: Value, history: Sequence[Value], request: Values) -> tuple[Value, Value | None]:
         feeds: dict[str, Value] = {"state": state}
         feeds |= {name: history[lag - 1] for name, lag in self._lags[index].items()}
         feeds |= {name: request[source] for name, source in self._sources[index].items()}
@@ -129,7 +129,7 @@ class Table(Stepwise):
         requests = theirs.get("requests", [])
         self._sources = [_sources(bundle, entry, requests[i] if requests else {}) for i in range(self.evaluations)]
 
-    def step(self, index: int, state: Value, history: Sequence[Value | None], request: Values) -> tuple[Value, Value | None]:
+    def step(self, index: int, state: Value, history: Sequence[Value], request: Values) -> tuple[Value, Value | None]:
         feeds: dict[str, Value] = {"state": state}
         for name, lag in self._lags.items():  # a factor of zero meets what is not there yet
             feeds[name] = history[lag - 1] if lag <= len(history) else state

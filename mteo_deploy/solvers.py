@@ -258,7 +258,7 @@ def get(name: str) -> Solver:
     """
     solver = SOLVERS.get(canonical(name))
     if solver is None:
-        own = ", or scheduler for the pipeline's own where its plan is compiled" if name != "scheduler" else " here"
+        own = ", or scheduler for a pipeline's own" if name != "scheduler" else "; scheduler is for a pipeline's plan alone"
         raise InputError(f"expected a solver out of {', '.join(SOLVERS)}{own}; found {name!r}")
     return solver
 

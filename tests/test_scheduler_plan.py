@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from families import redraw
 from helpers import edit_json, relative
 
 from mteo_deploy import plan as plans
@@ -435,3 +436,63 @@ def test_images_of_the_pipeline(realisation: str, tiny_model: Path, once: Callab
         for t in pipe.scheduler.timesteps:
             sample = pipe.scheduler.step(pipe.unet(sample, t).sample, t, sample).prev_sample
     assert relative(sampler.image(noise), sample.numpy()) < 1e-3
+
+
+def test_stable_diffusions_own_images(tmp_path: Path) -> None:
+    """Stable Diffusion 1 as published, small: ``StableDiffusionPipeline`` with PNDM under guidance, from the same latents."""
+    torch.manual_seed(0)
+    network = redraw(
+        diffusers.UNet2DConditionModel(
+            sample_size=8,
+            in_channels=2,
+            out_channels=2,
+            layers_per_block=1,
+            block_out_channels=(16, 32),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=2,
+            norm_num_groups=8,
+            cross_attention_dim=12,
+        )
+    )
+    scheduler, model = diffusers.PNDMScheduler(**SD, skip_prk_steps=True, steps_offset=1), tmp_path / "model"
+    network.save_pretrained(model / "unet")
+    scheduler.save_pretrained(model / "scheduler")
+    index = {"unet": ["diffusers", "UNet2DConditionModel"], "scheduler": ["diffusers", "PNDMScheduler"]}
+    (model / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline", **index}))
+    options: dict[str, Any] = {"steps": 5, "solver": "scheduler", "guidance_scale": 3.0, "realisations": ["baked"]}
+    bundle = export(tmp_path / "bundle", model=model, plain=True, quiet=True, **options)
+    build(bundle, engine="onnxruntime", threads=1, seconds=0.1, quiet=True)
+    noise, prompts = noise_for((2, 8, 8), 0, range(2)), np.random.default_rng(1).standard_normal((2, 2, 77, 12), np.float32)
+    found = Sampler.load(bundle.path).image(
+        noise, {"encoder_hidden_states": prompts[0], "negative_encoder_hidden_states": prompts[1]}
+    )
+    parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
+    pipe = diffusers.StableDiffusionPipeline(unet=network.eval(), scheduler=scheduler, requires_safety_checker=False, **parts)
+    pipe.set_progress_bar_config(disable=True)
+    expected = pipe(
+        prompt_embeds=torch.from_numpy(prompts[0]),
+        negative_prompt_embeds=torch.from_numpy(prompts[1]),
+        latents=torch.from_numpy(noise),
+        guidance_scale=3.0,
+        num_inference_steps=5,
+        output_type="latent",
+    ).images
+    assert relative(found, expected.numpy()) < 1e-3
+
+
+def test_ddim_pipelines_own_images(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``DDIMPipeline`` takes no latents: its noise is the sampler's; its images are clamped to [0, 1]."""
+    config = config_of("DDIMScheduler", {"clip_sample": False, "timestep_spacing": "trailing"})
+    model = scheduled(tiny_model, tmp_path / "model", config)
+    edit_json(model / "model_index.json", lambda index: index.update(_class_name="DDIMPipeline"))
+    bundle = export(
+        tmp_path / "bundle", model=model, plain=True, steps=6, solver="scheduler", realisations=["baked"], quiet=True
+    )
+    build(bundle, engine="onnxruntime", threads=1, seconds=0.1, quiet=True)
+    noise, pipe = noise_for((1, 8, 8), 0, range(2)), diffusers.DDIMPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    monkeypatch.setattr(diffusers.pipelines.ddim.pipeline_ddim, "randn_tensor", lambda *a, **b: torch.from_numpy(noise))
+    expected = pipe(batch_size=2, num_inference_steps=6, output_type="np").images
+    found = np.clip(Sampler.load(bundle.path).image(noise) / 2 + 0.5, 0, 1)
+    assert relative(found.transpose(0, 2, 3, 1), expected) < 1e-3
