@@ -464,9 +464,8 @@ def test_stable_diffusions_own_images(tmp_path: Path) -> None:
     bundle = export(tmp_path / "bundle", model=model, plain=True, quiet=True, **options)
     build(bundle, engine="onnxruntime", threads=1, seconds=0.1, quiet=True)
     noise, prompts = noise_for((2, 8, 8), 0, range(2)), np.random.default_rng(1).standard_normal((2, 2, 77, 12), np.float32)
-    found = Sampler.load(bundle.path).image(
-        noise, {"encoder_hidden_states": prompts[0], "negative_encoder_hidden_states": prompts[1]}
-    )
+    given = {"encoder_hidden_states": prompts[0], "negative_encoder_hidden_states": prompts[1]}
+    found = Sampler.load(bundle.path).image(noise, {**given, "guidance_scale": np.full(2, 3, np.float32)})
     parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
     pipe = diffusers.StableDiffusionPipeline(unet=network.eval(), scheduler=scheduler, requires_safety_checker=False, **parts)
     pipe.set_progress_bar_config(disable=True)
