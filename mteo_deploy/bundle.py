@@ -111,6 +111,24 @@ class Bundle:
                     f"{entry['inputs']} and {entry['outputs']}; found {found.inputs} and {found.outputs}; export again"
                 )
 
+            self._check_shapes(entry, found)
+
+    def _check_shapes(self, entry: Mapping[str, Any], found: Reached) -> None:
+        """That a graph's inputs have the shapes that the manifest says, where they are fixed."""
+        shapes: dict[str, tuple[int, ...]] = {request.name: request.shape for request in self.requests}
+        shapes |= {name: self.sample_shape for name in entry["inputs"] if name == "state" or name.startswith("history_")}
+        for name in entry["inputs"]:
+            shape = found.shapes.get(name)
+            if name not in shapes or shape is None:
+                continue
+            if len(shape) != 1 + len(shapes[name]) or any(
+                a not in (None, b) for a, b in zip(shape[1:], shapes[name], strict=True)
+            ):
+                raise BundleError(
+                    f"{self.path}: expected {name} of {entry['graph']} with the manifest's shape [batch, "
+                    f"{', '.join(map(str, shapes[name]))}]; found {shape}; export again"
+                )
+
     def file(self, name: str) -> Path:
         """Path of a file named in the manifest, with every link resolved: as it was checked, hashed again if it looks changed.
 

@@ -47,6 +47,8 @@ def border(what: str, way_out: str, error: type[MteoError] = InputError) -> Iter
         yield
     except MteoError:
         raise
-    except Exception as cause:
+    except BaseException as cause:
+        if not isinstance(cause, Exception) and type(cause).__name__ != "PanicException":  # of libraries written in Rust
+            raise
         reason = next((line.strip() for line in str(cause).splitlines() if line.strip()), "no message")
         raise error(f"{what}; {type(cause).__name__}: {reason}; {way_out}") from cause

@@ -53,9 +53,14 @@ class External:
 
 @dataclass
 class Reached:
-    """What was found in one ONNX file."""
+    """What was found in one ONNX file.
+
+    Attributes:
+        shapes: of inputs; None for an axis that has no fixed size. An input without a shape is not in here.
+    """
 
     inputs: list[str] = field(default_factory=list)
+    shapes: dict[str, list[int | None]] = field(default_factory=dict)
     outputs: list[str] = field(default_factory=list)
     external: list[External] = field(default_factory=list)
 
@@ -124,10 +129,28 @@ class _Reader:
             elif number == 15:
                 initialisers.add(self.sparse(first, last))
             elif number in (11, 12) and depth == 0:
-                (inputs if number == 11 else outputs).append(self.text_at(first, last, 1))
+                name = self.text_at(first, last, 1)
+                (inputs if number == 11 else outputs).append(name)
+                if number == 11:
+                    self.shape(name, first, last)
         if depth == 0:
             self.found.inputs = [name for name in inputs if name not in initialisers]
             self.found.outputs = outputs
+
+    def shape(self, name: str, start: int, end: int) -> None:
+        """Note the shape of a ``ValueInfoProto``: in its type (2), of a tensor (1), its shape (2), the axes (1)."""
+        places = [(start, end)]
+        for number in (2, 1, 2):
+            places = [(first, last) for bounds in places for place, first, last in self.parts(*bounds) if place == number]
+        if len(places) > 1:
+            raise GraphError(f"has an input {name[:80]!r} with two shapes")
+        for bounds in places:
+            axes = [(first, last) for place, first, last in self.parts(*bounds) if place == 1]
+            self.found.shapes[name] = [self.axis(*one) for one in axes]
+
+    def axis(self, start: int, end: int) -> int | None:
+        values = [first for number, wire, first, _ in self.fields(start, end) if number == 1 and wire == 0]
+        return values[-1] if values else None
 
     def node(self, start: int, end: int, depth: int) -> None:
         operator = domain = ""

@@ -157,7 +157,7 @@ class Backbone(Struct, frozen=True):
     family: Name
     fingerprint: Name
     parameters: Count
-    sample_shape: Annotated[list[Size], Meta(min_length=2, max_length=4)]
+    sample_shape: Annotated[list[Size], Meta(min_length=2, max_length=5)]
     size_multiple: Size | None = None
     prediction_type: Name = ""
     license: Text | None = None

@@ -239,3 +239,84 @@ def test_packaged_sets_are_made_from_nothing_by_the_commands_of_their_card(name:
         assert 0 <= reference["evaluations"] - recipe["teacher_evaluations"] < int(plan.rpartition("-")[2])
         scale = (part["training"]["guidance"] or {}).get("scale")
         assert scale == (float(asked["guidance-scale"]) if "guidance-scale" in asked else None)
+
+
+@pytest.mark.parametrize("place", [0.05, 0.4, 0.6, 0.8, 0.999])
+def test_a_flipped_bit_is_refused(place: float, tiny_embeddings: Path, tmp_path: Path) -> None:
+    """In the header's text or in any tensor."""
+    content = bytearray(tiny_embeddings.read_bytes())
+    content[int(place * len(content))] ^= 1
+    (tmp_path / "set.safetensors").write_bytes(content)
+    with pytest.raises(InputError, match=r"set\.safetensors"):
+        EmbeddingSet.load(tmp_path / "set.safetensors")
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_set_without_a_checksum(
+    version: int, tiny_embeddings: Path, learned: EmbeddingSet, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Older versions wrote none: it opens with a word. Since version 2 there is one."""
+
+    def older(header: dict[str, Any]) -> None:
+        del header["checksum"]
+        header["version"] = version
+
+    path = with_header(tiny_embeddings, tmp_path / "set.safetensors", older)
+    if version == 2:
+        with pytest.raises(InputError, match="expected a checksum"):
+            EmbeddingSet.load(path)
+        return
+    assert EmbeddingSet.load(path).sha256() == learned.sha256()
+    assert [record.message for record in caplog.records if "has no checksum" in record.message and str(path) in record.message]
+
+
+def test_packaged_sets_have_a_checksum(caplog: pytest.LogCaptureFixture) -> None:
+    for model in assets.backbones().values():
+        for path in assets.embedding_sets(model).values():
+            EmbeddingSet.load(path)
+    assert not caplog.records
+
+
+CRAFTED = {
+    "two axes": ({"site": np.zeros((3, 2, 2), np.float32)}, "expected .3, width. at 'site'"),
+    "one axis": ({"site": np.zeros(3, np.float32)}, "expected .3, width. at 'site'"),
+    "rows": ({"site": np.zeros((4, 2), np.float32)}, "expected .3, width. at 'site'"),
+    "NaN": ({"site": np.full((3, 2), np.nan, np.float32)}, "finite numbers; found others at 'site'"),
+    "type": ({"site": np.zeros((3, 2), np.float16)}, "of type F32; found F16"),
+}
+
+
+@pytest.mark.parametrize("name", CRAFTED)
+def test_tensors_of_another_kind(name: str, tiny_embeddings: Path, tmp_path: Path) -> None:
+    """Each with the checksum that it would have."""
+    deltas, words = CRAFTED[name]
+    learned = EmbeddingSet.load(tiny_embeddings)
+    made = EmbeddingSet(deltas, learned.plan, learned.backbone, learned.training)
+    header = {"format": FORMAT, "version": VERSION, "backbone": made.backbone, "training": made.training}
+    metadata = {"mteo": json.dumps({**header, "plan": made.plan.to_json(), "checksum": made.checksum})}
+    save_file(deltas, tmp_path / "set.safetensors", metadata)
+    with pytest.raises(InputError, match=words):
+        EmbeddingSet.load(tmp_path / "set.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("training", None),
+        ("training", {"guidance": 3}),
+        ("training", {"recipe": {"precision": 8}}),
+        ("training", {"merged": 3}),
+        ("training", {"merged": [{"weight": "1"}]}),
+        ("training", {"plain_plan": {}}),
+        ("backbone", None),
+        ("version", "2"),
+        ("version", True),
+        ("version", 10**30),
+        ("plan", []),
+        ("checksum", 3),
+    ],
+)
+def test_metadata_of_another_kind(name: str, value: object, tiny_embeddings: Path, tmp_path: Path) -> None:
+    path = with_header(tiny_embeddings, tmp_path / "set.safetensors", lambda header: header.update({name: value}))
+    with pytest.raises(InputError, match=r"set\.safetensors"):
+        EmbeddingSet.load(path)
