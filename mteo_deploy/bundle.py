@@ -30,8 +30,8 @@ from mteo_deploy.tensors import read_tensors
 MANIFEST = "manifest.json"
 SCHEMA = records.SCHEMA
 __all__ = ["MANIFEST", "SCHEMA", "Bundle", "sha256_file", "whole_directory", "write_manifest"]
-TOTAL, OTHER = 2**43, 2**32
-"""Bytes of all files of a bundle, and of one that holds no weights, at most."""
+TOTAL, OTHER, GRAPH = 2**43, 2**32, 2**30
+"""Bytes of all files of a bundle, of one that holds no weights, and of a graph, whose weights are beside it; at most."""
 ARRAYS = ("F32", "F16", "F64", "I32", "I64", "BOOL")
 """Types of what a stored reference holds, as safetensors names them."""
 SLACK = 2**20
@@ -384,8 +384,8 @@ def _check_length(name: str, size: int, reach: Mapping[str, Reached]) -> None:
         UnreadableError: when it is.
     """
     if name.endswith(".onnx") or not name.startswith("graphs/"):
-        if size > OTHER:
-            raise UnreadableError(f"has {size:,} bytes; expected {OTHER:,} at most")
+        if size > (most := GRAPH if name.endswith(".onnx") else OTHER):
+            raise UnreadableError(f"has {size:,} bytes; expected {most:,} at most")
         return
     ends = (dict(zip(_beside(graph, found.ends()), found.ends().values(), strict=True)) for graph, found in reach.items())
     most = max((found.get(name, 0) for found in ends), default=0) + SLACK

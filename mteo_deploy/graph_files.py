@@ -223,7 +223,7 @@ class _Reader:
         return name
 
     def packed(self, start: int, end: int) -> list[int]:
-        found = []
+        found: list[int] = []
         while start < end and len(found) <= RANK:
             value, start = self.varint(start, end)
             found.append(value)

@@ -106,6 +106,7 @@ def inspect(path: Path | str) -> dict[str, Any]:
     return {
         "kind": "bundle",
         **{key: manifest[key] for key in ("schema", "versions", "backbone", "embeddings", "precision", "batch")},
+        "digest": manifest.get("digest"),
         "batches": bundle.batches,
         "dynamic": manifest.get("dynamic", []),
         "requests": [request.to_json() for request in bundle.requests],

@@ -19,8 +19,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*(/[A-Za-z0-9_][A-Za-z0-9._+-]*){0,3}")
 """Names of files in a bundle: ASCII only, so that no two of them are one name to another file system's rules on Unicode."""
@@ -52,7 +53,7 @@ def name_problem(name: str) -> str | None:
 
 
 @contextmanager
-def open_regular(path: Path | str) -> Iterator[tuple[BinaryIO, os.stat_result]]:
+def open_regular(path: Path | str) -> Iterator[tuple[BufferedReader, os.stat_result]]:
     """A file opened for reading, with its status, if it is a regular file.
 
     Raises:
@@ -243,7 +244,7 @@ def strict_json(text: str | bytes) -> Any:
         canonical(found)  # a lone surrogate
     except RecursionError:
         raise ValueError("nested too deep") from None
-    except UnicodeError as error:
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
         raise ValueError(f"text that is no Unicode ({error.reason})") from None
     return found
 

@@ -122,12 +122,16 @@ def test_what_is_no_file_of_that_size(make: Callable[[Path], object], words: str
         Bundle.open(path)
 
 
-def test_a_sparse_file_of_terabytes_is_not_hashed(tiny_bundle: Path, tmp_path: Path) -> None:
-    """The manifest says the same size, so that only what the graphs take of it tells."""
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("graphs/weights.bin", "of which graphs take"), ("graphs/fused.onnx", "at most"), ("tables.safetensors", "at most")],
+)
+def test_a_sparse_file_of_terabytes_is_not_hashed(name: str, words: str, tiny_bundle: Path, tmp_path: Path) -> None:
+    """The manifest says the same size, so that only what such a file can be tells."""
     path = altered(tiny_bundle, tmp_path / "b")
-    os.truncate(path / "graphs" / "weights.bin", 2**42)
-    edit_json(path / MANIFEST, lambda manifest: manifest["files"]["graphs/weights.bin"].update(bytes=2**42))
-    with pytest.raises(BundleError, match="of which graphs take"):
+    os.truncate(path / name, 2**42)
+    edit_json(path / MANIFEST, lambda manifest: manifest["files"][name].update(bytes=2**42))
+    with pytest.raises(BundleError, match=words):
         Bundle.open(path)
 
 
