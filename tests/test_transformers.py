@@ -192,7 +192,7 @@ def test_pixart_sigma_has_longer_prompts(tmp_path: Path) -> None:
     pipeline = save_pipeline(tmp_path / "pipeline", pixart(), DDIMScheduler())
     index = pipeline / "model_index.json"
     assert load_backbone(pipeline, weights=False).tokens == 120
-    index.write_text(index.read_text().replace("DiffusionPipeline", "PixArtSigmaPipeline"))
+    index.write_text(index.read_text().replace("PixArtAlphaPipeline", "PixArtSigmaPipeline"))
     found = load_backbone(pipeline, weights=False)
     assert found.tokens == 300 and found.requests[0].shape == (300, 10)
 
