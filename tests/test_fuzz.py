@@ -227,6 +227,14 @@ def test_a_crafted_manifest_of_schema_1(kept: Kept, changes: Any) -> None:
     kept.check(MANIFEST, as_bytes(changed(data, changes)), same=False)
 
 
+@examples(40)
+@given(EDITS, CHANGES, st.booleans())
+def test_a_damaged_record_of_an_engine(kept: Kept, edits: list[Edit], changes: Any, crafted: bool) -> None:
+    name = kept.record.relative_to(kept.path).as_posix()
+    content = kept.files[name]
+    kept.check(name, as_bytes(changed(json.loads(content), changes)) if crafted else edited(content, edits), same=False)
+
+
 @examples(20)
 @given(EDITS, st.sampled_from(["embeddings.safetensors", "tables.safetensors"]))
 def test_a_damaged_file_of_a_bundle(kept: Kept, edits: list[Edit], name: str) -> None:
