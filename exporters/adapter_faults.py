@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -72,7 +73,7 @@ def reached_by_the_time(adapter: Adapter, call: Callable[[int, int], Any]) -> st
     Args:
         call: the network with its sites given, for a time and a row of the state, each by its index.
     """
-    here, later, other = (_watched(adapter.network, lambda at=at: call(*at)) for at in ((0, 0), (1, 0), (0, 1)))
+    here, later, other = (_watched(adapter.network, partial(call, *at)) for at in ((0, 0), (1, 0), (0, 1)))
     if not [one.name for one in here] == [one.name for one in later] == [one.name for one in other]:
         return f"{_forward(adapter)}, which calls other layers at another time"
     found, first = [], []

@@ -136,7 +136,7 @@ class Probe:
     @classmethod
     def draw(cls, adapter: Adapter) -> Probe:
         """One time in the lower half of the backbone's range, one in the upper."""
-        low, high = (float(adapter.levels.timestep(np.float64(end))) for end in (adapter.levels.low, adapter.levels.high))
+        low, high = adapter.levels.timestep(np.array([adapter.levels.low, adapter.levels.high])).tolist()
         generator = np.random.default_rng(SEED)
         first, second = generator.uniform([0.2, 0.55], [0.45, 0.8])
         times = low + (high - low) * float(first), low + (high - low) * float(second)

@@ -149,8 +149,10 @@ class HookedAdapter(Adapter):
         if self._silenced:
             handles = [one.register_forward_hook(leave) for one in self._silenced]
         else:
-            places = enumerate(self._places)
-            handles = [one.register_forward_pre_hook(enter(i, *at), with_kwargs=True) for i, (one, *at) in places]
+            handles = [
+                module.register_forward_pre_hook(enter(i, argument, position), with_kwargs=True)
+                for i, (module, argument, position) in enumerate(self._places)
+            ]
         try:
             yield taken
         finally:

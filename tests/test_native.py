@@ -20,6 +20,7 @@ from test_unet2d_condition import SDXL
 from test_unet2d_condition import random_unet as conditional
 
 from mteo_deploy.exporters.base import Adapter, families
+from mteo_deploy.exporters.check_adapter import TOLERANCE, check_adapter
 from mteo_deploy.exporters.guidance import guided
 
 Requests = dict[str, torch.Tensor]
@@ -112,6 +113,11 @@ def test_native_and_adapter_are_the_network(case: tuple[Case, Any, Adapter]) -> 
     torch.testing.assert_close(native, torch.cat(expected), rtol=1e-4, atol=1e-5)
     for (one, t, requests), wanted in zip(rows, expected, strict=True):
         torch.testing.assert_close(adapter.at_timestep(one, t, **requests), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_every_family_passes_the_check(case: tuple[Case, Any, Adapter]) -> None:
+    """The export's own comparison, at times of the scheduler's levels."""
+    assert check_adapter(case[2]).error < TOLERANCE / 10
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if name != "unet"], indirect=True)
