@@ -33,7 +33,7 @@ TRAINING = {"torch", "diffusers", "transformers", "accelerate", "peft", "onnx", 
 """Modules of the extra ``train``."""
 
 
-class Finite(click.ParamType):
+class Finite(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on
     """A number as an option takes it: neither NaN nor infinite, which every comparison would let through."""
 
     name = "float"
