@@ -194,8 +194,9 @@ def export(
         EngineError: for an ``engine`` that does not take the graphs.
     """
     output = Path(output)
-    check_directory(output, MANIFEST)
-    dump = output.with_name(f"{output.name}.after-{dump_after}") if dump_after else None
+    place = check_directory(output, MANIFEST)
+    named = output if output.name else place  # of "." the directory itself has one
+    dump = named.with_name(f"{named.name}.after-{dump_after}") if dump_after else None
     if dynamic is None:
         dynamic = () if len(batch) == 1 else ("batch",)
 
