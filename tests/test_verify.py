@@ -82,7 +82,7 @@ def test_what_export_found_of_the_adapter(tiny_bundle: Path) -> None:
 
 @pytest.mark.parametrize("name", ["tiny_bundle", "tiny_history_bundle"])
 def test_swapped_steps(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    """Graphs 2 and 3 (of equal inputs) in each other's place, every hash right, built again."""
+    """The last two graphs in each other's place, every hash right, built again; refused where their outputs differ already."""
     last = 3 if name == "tiny_history_bundle" else 2
 
     def swap(manifest: dict[str, Any]) -> None:
@@ -90,6 +90,10 @@ def test_swapped_steps(name: str, request: pytest.FixtureRequest, tmp_path: Path
         baked[last - 1]["graph"], baked[last]["graph"] = baked[last]["graph"], baked[last - 1]["graph"]
 
     path = altered(request.getfixturevalue(name), tmp_path / "b", swap)
+    if name == "tiny_history_bundle":  # the last evaluation keeps nothing for a next one
+        with pytest.raises(BundleError, match="the inputs and outputs of the manifest"):
+            Bundle.open(path)
+        return
     build(path, engine="onnxruntime", realisation="baked", threads=1, quiet=True)
     found = failed(verify(path, seconds=0, quiet=True))
     assert found >= {f"evaluation {last - 1}", f"evaluation {last}", "trajectory"}
