@@ -64,6 +64,9 @@ class Graphs:
         ir.save(model, path)
         options = session_options()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        # a session of each evaluation is open at once: none keeps weights of its own beside the mapped ones, or an arena
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.enable_cpu_mem_arena = False
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         inputs, names = [v.name for v in session.get_inputs()], [v.name for v in session.get_outputs()]
         passed = [name for name in inner if name in inputs]
