@@ -108,7 +108,7 @@ def compile_bundle(
     """
     (directory / "graphs").mkdir()
     task = report.task("tracing", 2)
-    generic = trace_generic(adapter, options.dynamic)
+    generic = trace_generic(adapter, options.dynamic, options.fixed_batch)
     if options.fixed_batch is not None:
         run_passes(generic, [FixBatch(options.fixed_batch)])
     report.advance(task)

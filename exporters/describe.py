@@ -1,8 +1,8 @@
 """What a backbone is, before anything is trained: its sites and request inputs, and what baking will take out of it.
 
-The network is called once on the meta device, where nothing is computed, and each tensor is followed from when it is known, as
+The network is called on the meta device, where nothing is computed, and each tensor is followed from when it is known, as
 :mod:`~mteo_deploy.exporters.passes.binding_time` follows a graph's values: a parameter stays in the step graphs where something
-known at each step meets it.
+known at each step meets it. It is called for two images and for three: an operator whose sizes differ depends on the batch.
 """
 
 from __future__ import annotations
@@ -26,50 +26,133 @@ SHAPE_ONLY = {
     for name in ("empty_like", "full_like", "ones_like", "zeros_like", "new_empty", "new_full", "new_ones", "new_zeros")
 }
 """Operators that read a tensor's shape and none of its numbers."""
+FREE = {
+    getattr(torch.ops.aten, name)
+    for name in (
+        "alias",
+        "clone",
+        "detach",
+        "expand",
+        "reshape",
+        "squeeze",
+        "unsqueeze",
+        "view",
+        "_reshape_alias",
+        "_unsafe_view",
+    )
+}
+"""Operators that compute nothing, as :mod:`~mteo_deploy.exporters.passes.hoist` leaves them to the steps."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Known:
-    """When a tensor is known, and of which parameters it is made where it is made of nothing else."""
+    """When a tensor is known, and of which parameters it is made where it is made of nothing else.
+
+    Attributes:
+        used: parameters that its operator meets at that time.
+        made_of: what the operator took in.
+    """
 
     time: BindingTime = BindingTime.COMPILE
     parameters: frozenset[str] = frozenset()
     embedding: bool = False
+    used: frozenset[str] = frozenset()
+    made_of: tuple[_Known, ...] = ()
+
+
+_Call = tuple[Any, list[int], list[torch.Size]]  # an operator, the numbers among its arguments, its outputs' shapes
+
+
+class _Calls(TorchDispatchMode):
+    """Notes the operators that a network calls, and their sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[_Call] = []
+        self.alive: list[Any] = []  # as _Follow does: torch calls one operator more for a new tensor that is held
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outputs = func(*args, **(kwargs or {}))
+        self.calls.append(_call(func, (args, kwargs), outputs))
+        self.alive.append(outputs)
+        return outputs
+
+
+def _call(func: Any, arguments: Any, outputs: Any) -> _Call:
+    numbers = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, int)]
+    return func.overloadpacket, numbers, [tensor.shape for tensor in _tensors(outputs)]
 
 
 class _Follow(TorchDispatchMode):
-    """Notes at which time each parameter is used: in the prelude, in the steps.
+    """Notes when each tensor is known, and which parameters are used at that time.
 
-    A tensor is known by its storage, which its views share: what is written into a view is written into the whole.
+    A tensor is known by its storage, which its views share: what is written into a view is written into the whole. A view that
+    the batch decides the size of is later than the whole by itself.
+
+    Args:
+        others: the calls of the network at another batch.
+        numbers: when numbers that depend on the batch are known: request time, where a request has the batch.
     """
 
-    def __init__(self, inputs: dict[torch.Tensor, _Known]) -> None:
+    def __init__(self, inputs: dict[torch.Tensor, _Known], others: list[_Call], numbers: BindingTime) -> None:
         super().__init__()
+        self.others, self.numbers = iter(others), numbers
         self.known: dict[int, _Known] = {}
+        self.views: dict[int, _Known] = {}
         self.alive: list[torch.Tensor] = []  # a storage that is freed would give its place to another
-        self.used: dict[BindingTime, set[str]] = {time: set() for time in BindingTime}
         for tensor, known in inputs.items():
             self._note(tensor, known)
 
     def _note(self, tensor: torch.Tensor, known: _Known) -> None:
-        self.known[tensor.untyped_storage()._cdata] = known
+        storage = tensor.untyped_storage()._cdata
+        if known.time == BindingTime.BATCH and storage in self.known:
+            self.views[id(tensor)] = known
+        else:
+            self.known[storage] = known
         self.alive.append(tensor)
 
+    def _of(self, tensor: torch.Tensor) -> _Known:
+        whole = self.known.get(tensor.untyped_storage()._cdata, _Known())
+        return max(whole, self.views.get(id(tensor), whole), key=lambda known: known.time)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = [self.known.get(t.untyped_storage()._cdata, _Known()) for t in _tensors((args, kwargs))]
+        found = [self._of(tensor) for tensor in _tensors((args, kwargs))]
         outputs = func(*args, **(kwargs or {}))
-        time = max((one.time for one in found), default=BindingTime.COMPILE)
-        parameters = frozenset[str]().union(*(one.parameters for one in found))
-        embedding = any(one.embedding for one in found)
-        early = time == BindingTime.COMPILE
-        if func.overloadpacket in SHAPE_ONLY:
-            parameters = frozenset()
-        if not early:
-            self.used[time] |= parameters
-        known = _Known(time, parameters if early and not embedding else frozenset(), early and embedding)
+        known = self._when(found, _call(func, (args, kwargs), outputs), outputs)
         for tensor in _tensors(outputs):
             self._note(tensor, known)
         return outputs
+
+    def _when(self, found: list[_Known], call: _Call, outputs: Any) -> _Known:
+        """When an operator's outputs are known; its parameters are used at that time, unless it is early: then with them."""
+        other = next(self.others, None)
+        if other is None or other[0] != call[0]:
+            raise RuntimeError("the operators that it calls depend on the size of the batch")
+        if call[0] in SHAPE_ONLY:
+            return _Known(BindingTime.BATCH if call[2] != other[2] else BindingTime.COMPILE)
+        time = max((one.time for one in found), default=BindingTime.COMPILE)
+        if call[1] != other[1]:
+            time = max(time, BindingTime.BATCH)
+        if time == BindingTime.BATCH and call[0] not in FREE and any(t.is_floating_point() for t in _tensors(outputs)):
+            time = self.numbers
+        parameters = frozenset[str]().union(*(one.parameters for one in found))
+        embedding = any(one.embedding for one in found)
+        if time > BindingTime.BATCH:
+            return _Known(time, used=parameters, made_of=tuple(found))
+        return _Known(time, frozenset() if embedding else parameters, embedding, made_of=tuple(found))
+
+    def used(self, output: torch.Tensor) -> dict[BindingTime, set[str]]:
+        """Time -> the parameters that are used then for an output: what nothing comes of is in no graph either."""
+        used: dict[BindingTime, set[str]] = {time: set() for time in BindingTime}
+        waiting, seen = [self._of(output)], set[_Known]()
+        used[BindingTime.STEP] |= waiting[0].parameters
+        while waiting:
+            known = waiting.pop()
+            if known not in seen:
+                seen.add(known)
+                used[known.time] |= known.used
+                waiting.extend(known.made_of)
+        return used
 
 
 def _tensors(values: Any) -> Iterator[torch.Tensor]:
@@ -86,15 +169,22 @@ def parameter_times(adapter: Adapter) -> dict[str, set[str]]:
     with torch.device("meta"):
         weights = {name: torch.empty_like(value, device="meta") for name, value in adapter.named_parameters()}
         buffers = {name: torch.empty_like(value, device="meta") for name, value in adapter.named_buffers()}
-        state = torch.empty(2, *adapter.sample_shape)
         embeddings = [torch.empty(1, site.width) for site in adapter.sites]
-        requests = {name: values.to("meta") for name, values in adapter.draw_requests(2, 0).items()}
+
+        def arguments(count: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            requests = {name: values.to("meta") for name, values in adapter.draw_requests(count, 0).items()}
+            return torch.empty(count, *adapter.sample_shape), requests
+
+        state, requests = arguments(3)
+        with _Calls() as at_another_batch:
+            functional_call(adapter, weights | buffers, (state, *embeddings), requests)
+        state, requests = arguments(2)
         inputs = {value: _Known(parameters=frozenset([name])) for name, value in weights.items()}
         inputs |= {value: _Known(embedding=True) for value in embeddings} | {state: _Known(BindingTime.STEP)}
         inputs |= {value: _Known(BindingTime.REQUEST) for value in requests.values()}
-        with _Follow(inputs) as follow:
-            functional_call(adapter, weights | buffers, (state, *embeddings), requests)
-    steps, prelude = follow.used[BindingTime.STEP], follow.used[BindingTime.REQUEST] - follow.used[BindingTime.STEP]
+        with _Follow(inputs, at_another_batch.calls, BindingTime.REQUEST if requests else BindingTime.STEP) as follow:
+            used = follow.used(functional_call(adapter, weights | buffers, (state, *embeddings), requests))
+    steps, prelude = used[BindingTime.STEP], used[BindingTime.REQUEST] - used[BindingTime.STEP]
     return {"removed": set(weights) - steps - prelude, "prelude": prelude, "steps": steps}
 
 

@@ -25,7 +25,8 @@ from mteo_deploy.exporters.compiler import Compiled, compile_bundle
 from mteo_deploy.exporters.guidance import guided
 from mteo_deploy.exporters.options import AXES, OPTIONAL, Options
 from mteo_deploy.exporters.pipeline import Pipeline, load_pipeline
-from mteo_deploy.exporters.reference import other_size, write_reference
+from mteo_deploy.exporters.reference import write_reference
+from mteo_deploy.exporters.trace import other_size
 from mteo_deploy.progress import reporter
 
 
@@ -234,7 +235,7 @@ def export(
 
     _check_embeddings(rows, len(chosen.plan.evaluations))
     with reporter(quiet) as report, whole_directory(output, replace=MANIFEST) as directory:
-        parts = pipeline.traces(adapter, options.dynamic)
+        parts = pipeline.traces(adapter, options.dynamic, options.fixed_batch)
         compiled = compile_bundle(adapter, chosen.plan, rows, directory, options, report, size, parts)
         if pipeline.text_encoder is not None:
             pipeline.text_encoder.save_tokenizers(directory)

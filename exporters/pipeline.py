@@ -37,15 +37,19 @@ class Pipeline:
     tile: int | None = None
     left_out: dict[str, str] = field(default_factory=dict)
 
-    def traces(self, adapter: Adapter, dynamic: Collection[str]) -> dict[str, Callable[[], ir.Model]]:
-        """Name of a graph -> what traces it."""
+    def traces(self, adapter: Adapter, dynamic: Collection[str], batch: int | None = None) -> dict[str, Callable[[], ir.Model]]:
+        """Name of a graph -> what traces it.
+
+        Args:
+            batch: the only size of the batch that is wanted; None for a dynamic one.
+        """
         found: dict[str, Callable[[], ir.Model]] = {}
         if self.decoder is not None:
             channels, *size = adapter.sample_shape
             shape = (channels, *(n if self.tile is None else min(n, self.tile) for n in size))
-            found["decoder"] = partial(trace_decoder, self.decoder, shape, self._open(dynamic))
+            found["decoder"] = partial(trace_decoder, self.decoder, shape, self._open(dynamic), batch)
         if self.text_encoder is not None:
-            found["text_encoder"] = partial(trace_text_encoder, self.text_encoder)
+            found["text_encoder"] = partial(trace_text_encoder, self.text_encoder, batch)
         return found
 
     def _open(self, dynamic: Collection[str]) -> Collection[str]:

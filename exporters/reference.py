@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ import torch
 from safetensors.numpy import save_file
 
 from mteo_deploy.embeddings import EmbeddingSet
-from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.base import Adapter, embeddings_at
 from mteo_deploy.exporters.pipeline import Pipeline
 from mteo_deploy.exporters.text import TextEncoder
@@ -128,22 +127,3 @@ def _states_and_kept(
 
     states = torch.stack(list(run(plan, noise, network)))
     return states, torch.stack(kept)
-
-
-def other_size(adapter: Adapter, dynamic: Collection[str]) -> tuple[int, ...]:
-    """A height and width to check beside the backbone's own: larger where they are open, and not by the same.
-
-    Raises:
-        InputError: when the backbone takes no other.
-    """
-    height, width = adapter.sample_shape[-2:]
-    opened = [axis for axis in ("height", "width") if axis in dynamic]
-    if not opened:
-        return height, width
-    if adapter.size_multiple is None:
-        raise InputError(
-            f"expected a backbone that takes other sizes with --dynamic {','.join(opened)}; {adapter.family} takes "
-            f"{height}x{width} only (its position embeddings are of that size); leave height and width out"
-        )
-    steps = [adapter.size_multiple * (axis in dynamic) for axis in ("height", "width")]
-    return height + steps[0], width + 2 * steps[1]

@@ -60,14 +60,15 @@ def _traced_once() -> Iterator[None]:
     """Tracing is most of an export and depends on the backbone alone: once for each in a process, copied from then on."""
     made: dict[Any, Any] = {}
 
-    def generic(adapter: Adapter, dynamic: Collection[str]) -> ir.Model:
-        key = adapter.fingerprint(), adapter.requests, *sorted({*dynamic} - {"batch"})
+    def generic(adapter: Adapter, dynamic: Collection[str], batch: int | None = None) -> ir.Model:
+        network = type(adapter), adapter.fingerprint(), adapter.sample_shape, adapter.requests
+        key = *network, *sorted({*dynamic} - {"batch"}), batch
         if key not in made:
-            made[key] = trace_generic(adapter, dynamic)
+            made[key] = trace_generic(adapter, dynamic, batch)
         return made[key].clone()
 
     def time_embedding(adapter: Adapter) -> tuple[ir.Model, dict[str, int]]:
-        key = adapter.fingerprint(), trace_time_embedding
+        key = type(adapter), adapter.fingerprint(), trace_time_embedding
         if key not in made:
             made[key] = trace_time_embedding(adapter)
         return made[key][0].clone(), dict(made[key][1])

@@ -11,7 +11,15 @@ from collections.abc import Collection, Iterable
 
 import onnx_ir as ir
 
-from mteo_deploy.exporters.passes.binding_time import BindingTime, binding_times
+from mteo_deploy.exporters.constants import int64_constant
+from mteo_deploy.exporters.passes.binding_time import (
+    BindingTime,
+    asks_for_batch,
+    batch_carrier,
+    batch_of,
+    binding_times,
+    shape_of,
+)
 from mteo_deploy.exporters.passes.shapes import infer_shapes
 
 # Same elements in the same order, an alias in every engine: nothing is saved by doing it early, and values that differ
@@ -22,7 +30,7 @@ _Nodes = dict[ir.Node, None]  # a set that keeps its order, so that equal graphs
 
 
 class Hoist(ir.passes.InPlacePass):
-    """Move everything that depends on constants and the ``request`` inputs alone out of the graph.
+    """Move everything that depends on constants, the ``request`` inputs and their batch alone out of the graph.
 
     Attributes:
         prelude: after the call, the model ``request inputs -> request/<name> ...``; None when nothing was hoisted.
@@ -38,18 +46,22 @@ class Hoist(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
+        if any(value.dtype is None for node in graph for value in node.outputs):
+            infer_shapes(model)  # integers of the batch are told from numbers by their type
         times = binding_times(model, self.request)
         early = [node for node in graph if times[node.outputs[0]] == BindingTime.REQUEST]
         if not all(_is_known(value) for node in early for value in node.outputs):
             infer_shapes(model)  # engines plan their memory from the inputs' shapes
         hoisted = _cut(early, times)
         self.sunk = [value.name or "" for node in early if node not in hoisted for value in node.outputs]
+        _ask_the_request(graph, hoisted, times, self.request)
         frontier = [value for node in hoisted for value in node.outputs if _crosses(value, hoisted)]
         names = _boundary_names(graph, frontier)
         self.prelude = _prelude(model, frontier, names) if frontier else None
         _replace_by_inputs(graph, dict(zip(frontier, names, strict=True)))
         if hoisted:
-            constant = [node for node in graph if node not in hoisted and times.get(node.outputs[0]) == BindingTime.COMPILE]
+            both = (BindingTime.COMPILE, BindingTime.BATCH)
+            constant = [node for node in graph if node not in hoisted and times.get(node.outputs[0]) in both]
             graph.remove(hoisted, safe=True)
             _remove_unused_constants(graph, constant)
         unused = _remove_unused_inputs(graph, self.request)
@@ -64,6 +76,46 @@ def _cut(early: list[ir.Node], times: dict[ir.Value, BindingTime]) -> _Nodes:
             del hoisted[node]
     _keep_untyped(hoisted)
     return hoisted
+
+
+def _ask_the_request(graph: ir.Graph, hoisted: _Nodes, times: dict[ir.Value, BindingTime], request: Collection[str]) -> None:
+    """Copy for the prelude what its nodes need of the length of the batch, which a request input gives there."""
+    carrier, batch = batch_carrier(graph, request), batch_of(graph)
+    copies: dict[ir.Value, ir.Value] = {}
+
+    def early(value: ir.Value | None) -> ir.Value | None:
+        node = None if value is None or times[value] != BindingTime.BATCH else value.producer()
+        if value is None or node is None or carrier is None:
+            return value
+        if value not in copies:
+            if asks_for_batch(node, batch):
+                made = _shape_from(graph, carrier, shape_of(node), f"{value.name}/request")
+            else:
+                inputs, attributes = [early(one) for one in node.inputs], list(node.attributes.values())
+                options = {"num_outputs": len(node.outputs), "name": f"{value.name}/request"}
+                made = [ir.Node(node.domain, node.op_type, inputs, attributes, **options)]
+            for old, new in zip(node.outputs, made[-1].outputs, strict=True):
+                new.name, new.type, new.shape = f"{old.name}/request", old.type, old.shape
+                copies[old] = new
+            graph.insert_after(node, made)
+            hoisted.update(dict.fromkeys(made))
+        return copies[value]
+
+    for node in list(hoisted):
+        for i, value in enumerate(node.inputs):
+            if (other := early(value)) is not value:
+                node.replace_input_with(i, other)
+
+
+def _shape_from(graph: ir.Graph, carrier: ir.Value, dims: list[int | ir.SymbolicDim], name: str) -> list[ir.Node]:
+    """Nodes that give a shape of known dimensions and the length of the batch."""
+    if len(dims) == 1:
+        return [ir.node("Shape", [carrier], {"end": 1}, name=name)]
+    length = ir.node("Shape", [carrier], {"end": 1}, name=f"{name}/batch")
+    length.outputs[0].name = f"{name}/batch"
+    length.outputs[0].type, length.outputs[0].shape = ir.TensorType(ir.DataType.INT64), ir.Shape([1])
+    parts = [int64_constant(graph, f"shape/{dim}", [dim]) if isinstance(dim, int) else length.outputs[0] for dim in dims]
+    return [length, ir.node("Concat", parts, {"axis": 0}, name=name)]
 
 
 def _is_typed(value: ir.Value) -> bool:
@@ -97,13 +149,14 @@ def _keep_untyped(hoisted: _Nodes) -> None:
 def _is_free(node: ir.Node) -> bool:
     """Whether the node's first input is never larger than its output, and little is computed.
 
-    An Expand repeats what the step's consumer could broadcast, a widening Cast is worth its saved bytes.
+    An Expand repeats what the step's consumer could broadcast, a fill has no input but a shape, a widening Cast is worth its
+    saved bytes.
     """
     if node.op_type == "Cast" and node.inputs[0] is not None:
         before, after = node.inputs[0].dtype, node.outputs[0].dtype
         strings = {None, ir.DataType.STRING}  # of no size, or not known
         return node.domain == "" and not {before, after} & strings and before.itemsize < after.itemsize
-    return node.domain == "" and node.op_type in VIEWS | {"Expand"}
+    return node.domain == "" and node.op_type in VIEWS | {"Expand", "ConstantOfShape"}
 
 
 def _is_no_larger(node: ir.Node, hoisted: _Nodes, times: dict[ir.Value, BindingTime]) -> bool:
@@ -114,7 +167,7 @@ def _is_no_larger(node: ir.Node, hoisted: _Nodes, times: dict[ir.Value, BindingT
     """
     if not _crosses(node.outputs[0], hoisted) or any(user in hoisted for user in node.successors()):
         return False
-    rest = [value for value in node.inputs[1:] if value is not None and times[value] != BindingTime.COMPILE]
+    rest = [value for value in node.inputs[1:] if value is not None and times[value] > BindingTime.BATCH]
     return all(_crosses(value, hoisted) for value in rest)
 
 
