@@ -13,6 +13,7 @@ import torch
 from diffusers import AuraFlowTransformer2DModel
 
 from mteo_deploy.errors import InputError
+from mteo_deploy.exporters.base import check_channels
 from mteo_deploy.exporters.hooks import HookedAdapter
 from mteo_deploy.exporters.modulated import ARGUMENTS
 from mteo_deploy.requests import Request
@@ -36,6 +37,7 @@ class AuraFlowAdapter(HookedAdapter):
         config, size = network.config, int(network.config.sample_size)
         self.patch_size = self.fixed_multiple = int(config.patch_size)
         self.sample_shape = (int(config.in_channels), size, size)
+        check_channels(self.family, self.sample_shape[0], int(network.out_channels), cut=False)
         for name, module in network.named_modules():
             if type(module) in ARGUMENTS:
                 self.add_site(name, network.inner_dim, module, ARGUMENTS[type(module)])

@@ -46,6 +46,26 @@ NATIVE = (
 """What an adapter lacks that does not say how its network is called with a time, for a network that takes its arguments so."""
 
 
+LARGEST_SIDE = 4096
+"""Of a state's height and width."""
+
+
+def check_channels(family: str, given: int, found: int, cut: bool = True) -> None:
+    """Refuse a network whose output is no prediction for its input.
+
+    Args:
+        cut: twice as many output channels are a prediction and a learned variance, which the pipeline cuts off.
+
+    Raises:
+        InputError: for other output channels than input channels.
+    """
+    if found != given and not (cut and found == 2 * given):
+        raise InputError(
+            f"expected a {family} whose output is of its input's channels{', or twice as many (a learned variance)' * cut}; "
+            f"found in_channels {given}, out_channels {found} (inpainting, editing, super-resolution), not supported yet"
+        )
+
+
 @dataclass(frozen=True)
 class Site:
     """One place where a layer takes in the time embedding: the layer's module path and the embedding's width."""
@@ -121,12 +141,25 @@ class Adapter(ABC, torch.nn.Module):
             InputError: for a size that the network does not take.
         """
         multiple, others, own = self.fixed_multiple or self.size_multiple, self.sample_shape[:-2], self.sample_shape[-2:]
-        fits = multiple is not None and min(height, width) > 0 and height % multiple == width % multiple == 0
-        if (height, width) != own and not fits:
-            takes = f"{own[0]}x{own[1]} only" if multiple is None else f"multiples of {multiple}"
-            raise InputError(f"expected a --size that {self.family} takes: {takes}; found {height}x{width}")
+        fits = multiple is not None and height % multiple == width % multiple == 0
+        fits = fits and min(height, width) > 0 and max(height, width) <= LARGEST_SIDE
+        if ((height, width) != own and not fits) or height % self.patch_size or width % self.patch_size:
+            raise InputError(self.size_error(height, width, multiple))
         self.sample_shape = (*others, height, width)
         self.levels, self.prediction_type = noise_levels(self.scheduler_config, self.image_tokens)
+
+    def size_error(self, height: int, width: int, multiple: int | None) -> str:
+        """The line that refuses a size, with one that would do."""
+        own = "x".join(map(str, self.sample_shape[-2:]))
+        if multiple is None:
+            patches = f", in patches of {self.patch_size}" if self.patch_size > 1 else ""
+            return f"expected a --size that {self.family} takes: {own} only{patches}; found {height}x{width}"
+        near = "x".join(str(min(max(1, round(n / multiple)), LARGEST_SIDE // multiple) * multiple) for n in (height, width))
+        takes = f"multiples of {multiple}" if multiple > 1 else "any"
+        return (
+            f"expected a --size that {self.family} takes: {takes}, up to {LARGEST_SIDE}x{LARGEST_SIDE}; found "
+            f"{height}x{width}; pass --size {near}, say"
+        )
 
     @property
     def image_tokens(self) -> int:

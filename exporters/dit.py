@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from diffusers import DiTTransformer2DModel
 
-from mteo_deploy.exporters.base import Adapter, Site
+from mteo_deploy.exporters.base import Adapter, Site, check_channels
 from mteo_deploy.requests import Request
 
 
@@ -31,6 +31,8 @@ class DiTAdapter(Adapter):
         self.config = dict(network.config)
         size = int(network.config.sample_size)
         self.sample_shape = (int(network.config.in_channels), size, size)
+        self.patch_size = int(network.config.patch_size)
+        check_channels(self.family, self.sample_shape[0], int(network.out_channels))
         self._embedders = [block.norm1.emb for block in network.transformer_blocks]
         labels = self._embedders[0].class_embedder.embedding_table.num_embeddings
         self.requests = (Request("class_labels", "int64", high=labels, none=labels - 1),)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from diffusers import PixArtTransformer2DModel
 
+from mteo_deploy.exporters.base import check_channels
 from mteo_deploy.exporters.directory import PipelineDirectory
 from mteo_deploy.exporters.shared_projection import SharedProjectionAdapter
 from mteo_deploy.requests import Request
@@ -37,6 +38,7 @@ class PixArtAdapter(SharedProjectionAdapter):
         config, size = network.config, int(network.config.sample_size)
         self.patch_size = self.fixed_multiple = int(config.patch_size)
         self.sample_shape = (int(config.in_channels), size, size)
+        check_channels(self.family, self.sample_shape[0], int(network.out_channels))
         self.share(network.adaln_single, network.inner_dim)
         if network.use_additional_conditions:
             self.silence(network.adaln_single.emb.timestep_embedder)

@@ -11,6 +11,7 @@ import torch
 from diffusers import SanaTransformer2DModel
 
 from mteo_deploy.errors import InputError
+from mteo_deploy.exporters.base import check_channels
 from mteo_deploy.exporters.shared_projection import SharedProjectionAdapter
 from mteo_deploy.requests import Request
 
@@ -39,6 +40,7 @@ class SanaAdapter(SharedProjectionAdapter):
             )
         self.patch_size = self.fixed_multiple = int(config.patch_size)
         self.sample_shape = (int(config.in_channels), size, size)
+        check_channels(self.family, self.sample_shape[0], int(network.out_channels))
         self.share(network.time_embed, network.proj_out.in_features)
         self.set_tokens(TOKENS)
         self.set_size(size, size)

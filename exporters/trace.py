@@ -216,6 +216,9 @@ def other_size(adapter: Adapter, dynamic: Collection[str]) -> tuple[int, ...]:
             f"expected a backbone that takes other sizes with --dynamic {','.join(opened)}; {adapter.family} takes "
             f"{height}x{width} only (its position embeddings are of that size); leave height and width out"
         )
+    for axis, length in zip(("height", "width"), (height, width), strict=True):
+        if axis in opened and length % adapter.size_multiple:
+            raise InputError(adapter.size_error(height, width, adapter.size_multiple) + f", or --dynamic without {axis}")
     steps = [adapter.size_multiple * (axis in dynamic) for axis in ("height", "width")]
     return height + steps[0], width + 2 * steps[1]
 

@@ -46,6 +46,7 @@ class UNet2DConditionAdapter(UNetAdapter):
 
     def __init__(self, network: UNet2DConditionModel, scheduler_config: dict[str, Any]) -> None:
         super().__init__(network, scheduler_config)
+        self.fixed_multiple = 1  # it says to its upsamplers what sizes they go back to
         config = network.config
         taken = {
             "addition_embed_type": config.addition_embed_type in (None, "text_time"),
@@ -56,7 +57,6 @@ class UNet2DConditionAdapter(UNetAdapter):
             "encoder_hid_dim_type": config.encoder_hid_dim_type is None,
             "time_embedding_act_fn": config.time_embedding_act_fn is None,
             "time_cond_proj_dim": config.time_cond_proj_dim is None,
-            "out_channels": config.out_channels == config.in_channels,
             "cross_attention_dim": isinstance(config.cross_attention_dim, int),
         }
         refused = [f"{name} {getattr(config, name)!r}" for name, fits in taken.items() if not fits]
@@ -86,7 +86,7 @@ class UNet2DConditionAdapter(UNetAdapter):
 
     def take_residuals(self) -> None:
         """Take a ControlNet's residuals as request inputs; the size of the states is then fixed."""
-        self.fixed_multiple, self.size_multiple = self.size_multiple, None
+        self.size_multiple = None
         own, self.residuals = self.requests, tuple(self._residuals())
         self.requests = (*own, *self.residuals)
         self.negatives = {**self.negatives, **{request.name: None for request in self.residuals}}

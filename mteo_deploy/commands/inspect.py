@@ -56,7 +56,7 @@ def _show_backbone(found: dict[str, Any]) -> None:
     echo(f"backbone   {found['family']} ({found['source']}), {found['parameters']:,} parameters")
     _show_pipeline(found["pipeline"], found["left_out"])
     _show_loras(found["loras"])
-    sizes = f"others in multiples of {multiple}" if multiple else "no other"
+    sizes = f"others in multiples of {multiple}" if (multiple or 0) > 1 else "any other" if multiple else "no other"
     left = f"export can leave it open in multiples of {opened}" if opened else "export cannot leave it open"
     echo(f"samples    {'x'.join(map(str, found['sample_shape']))}; {sizes}; {left}")
     shift = "" if levels["shift"] is None else f", shift {levels['shift']:.4g}"
