@@ -155,11 +155,9 @@ class Adapter(ABC, torch.nn.Module):
             patches = f", in patches of {self.patch_size}" if self.patch_size > 1 else ""
             return f"expected a --size that {self.family} takes: {own} only{patches}; found {height}x{width}"
         near = "x".join(str(min(max(1, round(n / multiple)), LARGEST_SIDE // multiple) * multiple) for n in (height, width))
-        takes = f"multiples of {multiple}" if multiple > 1 else "any"
-        return (
-            f"expected a --size that {self.family} takes: {takes}, up to {LARGEST_SIDE}x{LARGEST_SIDE}; found "
-            f"{height}x{width}; pass --size {near}, say"
-        )
+        takes = f"multiples of {multiple}" if multiple > 1 else "1x1 and more"
+        takes += f" up to {LARGEST_SIDE}" * (max(height, width) > LARGEST_SIDE)
+        return f"expected a --size that {self.family} takes: {takes}; found {height}x{width}; pass --size {near}, say"
 
     @property
     def image_tokens(self) -> int:

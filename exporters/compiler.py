@@ -42,17 +42,20 @@ TABLES = "tables.safetensors"
 
 @dataclass(frozen=True)
 class CompiledGraph:
-    """One graph of the bundle: what the passes did to it, weights it no longer has, what TensorRT would refuse, its work."""
+    """One graph of the bundle: what the passes did to it, weights it no longer has, what TensorRT would refuse,
+    or may, and its work."""
 
     entry: dict[str, Any]
     passes: list[PassReport]
     removed: list[str] = field(default_factory=list)
     tensorrt: list[str] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
     work: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         passes = [p.to_json() for p in self.passes]
-        return {**self.entry, "passes": passes, "removed_weights": self.removed, "tensorrt": self.tensorrt, "work": self.work}
+        tensorrt = {"tensorrt": self.tensorrt, "tensorrt_unchecked": self.unchecked}
+        return {**self.entry, "passes": passes, "removed_weights": self.removed, **tensorrt, "work": self.work}
 
 
 @dataclass(frozen=True)
@@ -131,9 +134,9 @@ def compile_bundle(
         passes = passes + run_passes(model, [Share(file)])
         backbone = model is not conditioned and name not in {f"{part}.onnx" for part in parts}
         removed = sorted(everything - set(model.graph.initializers)) if backbone else []
-        refused = tensorrt.problems(model)
+        refused, unknown = tensorrt.problems(model), tensorrt.unchecked(model)
         counted = work.count(model, options.fixed_batch or "dynamic")
-        return CompiledGraph(_write(model, directory, name), passes, removed, refused, counted)
+        return CompiledGraph(_write(model, directory, name), passes, removed, refused, unknown, counted)
 
     if "table" in options.realisations:  # first: its weights then lie in the file where any other bundle's lie
         graphs.append(_write_table(steps, low, directory, write, weights))

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
 from mteo_deploy.engines.onnxruntime import session_options
+from mteo_deploy.exporters.constants import SHAPES
 from mteo_deploy.exporters.emulate import emulate, has_bf16
-from mteo_deploy.exporters.passes.share import SHAPES
 
 LIMIT = 1 << 30
 """Bytes of weights above which a model is not evaluated: each time would take minutes."""

@@ -10,6 +10,7 @@ import torch
 from safetensors.numpy import save_file
 
 from mteo_deploy.embeddings import EmbeddingSet
+from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.base import Adapter, embeddings_at
 from mteo_deploy.exporters.pipeline import Pipeline
 from mteo_deploy.exporters.text import TextEncoder

@@ -298,6 +298,7 @@ class CompiledGraph(Struct, frozen=True):
     passes: list[PassEntry]
     removed_weights: list[Text]
     tensorrt: list[Text] = []
+    tensorrt_unchecked: list[Text] = []
     work: Work | None = None
 
 

@@ -13,6 +13,8 @@ from mteo_deploy.requests import Arrays
 from mteo_deploy.sampler import Array, Sampler
 
 ROWS = 4
+CURVES, CURVE_HEIGHT = 3, 32
+"""Of a signal: how many channels are drawn, and how high each."""
 SIDE = 128
 """Pixels of the longer side above which an image is made smaller: a page should stay below a megabyte."""
 
@@ -65,15 +67,30 @@ def _reference_images(sampler: Sampler, noise: Array, given: Arrays, seconds: fl
 
 
 def _pixels(images: Array) -> NDArray[np.uint8]:
-    """Smaller where too large; of latents, the first three channels as red, green and blue; of videos, the frame in the middle.
+    """Smaller where too large; of latents, the first three channels as red, green and blue; of videos, the frame in the middle;
+    of signals ``[n, channels, length]``, a curve for each of the first channels.
 
     What is not finite is grey.
     """
     if images.ndim == 5:
         images = images[:, images.shape[1] // 2]
+    if images.ndim == 3:
+        images = _curves(images)
     kept = images[:, : 3 if images.shape[1] >= 3 else 1]
     shown = np.clip(np.nan_to_num(kept, nan=0.0, posinf=0.0, neginf=0.0), -1, 1)
     factor = -(-max(shown.shape[2:]) // SIDE)
     height, width = (size // factor * factor for size in shown.shape[2:])
     blocks = shown[:, :, :height, :width].reshape(*shown.shape[:2], height // factor, factor, width // factor, factor)
     return to_uint8(blocks.mean(axis=(3, 5)))
+
+
+def _curves(signals: Array) -> Array:
+    """Signals drawn, dark on white: ``[n, channels, length]`` to ``[n, 1, height, width]``, one channel below the other."""
+    kept = np.clip(np.nan_to_num(signals[:, :CURVES], nan=0.0, posinf=0.0, neginf=0.0), -1, 1)
+    step = -(-kept.shape[2] // SIDE)
+    width = kept.shape[2] // step
+    means = kept[:, :, : width * step].reshape(*kept.shape[:2], width, step).mean(axis=3)
+    heights = np.rint((1 - means) / 2 * (CURVE_HEIGHT - 1)).astype(np.int64)
+    dark = np.arange(CURVE_HEIGHT)[:, None] == heights[:, :, None, :]
+    shown = np.where(dark, -1.0, 1.0).astype(np.float32)
+    return shown.reshape(len(signals), 1, -1, width)

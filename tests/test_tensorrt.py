@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from mteo_deploy.bundle import Bundle
-from mteo_deploy.exporters.tensorrt import problems
+from mteo_deploy.exporters.tensorrt import problems, unchecked
 from mteo_deploy.sampler import Sampler
 
 FLOATS = ir.TensorType(ir.DataType.FLOAT)
@@ -52,7 +52,13 @@ def test_ours_are_checked(tiny_bundle: Any) -> None:
         (problems(model("Resize", [(1, 1, 4, 4)], mode="cubic")), "expected mode out of nearest, linear; found cubic"),
         (problems(model("Resize", [(1, 1, 4, 4)], antialias=1)), "TensorRT has no antialias"),
         (problems(model("QuantizeLinear", [(2,), (), ()])), "expected a zero point of 0; found x2"),
-        (problems(model("TopK", [(2,), (1,)])), "not checked here: sorted=1; K<3840"),
+        (unchecked(model("TopK", [(2,), (1,)])), "TopK n: sorted=1; K<3840"),
+        (problems(model("TopK", [(2,), (1,)], sorted=0)), "expected sorted 1; found 0"),
+        (problems(model("AveragePool", [(1, 2, 8)], kernel_shape=[2])), "pools over 2 or 3 axes; found 1"),
+        (problems(model("MaxPool", [(1, 2, 8, 8)], kernel_shape=[2, 2], dilations=[2, 2])), "dilations of 1; found [2, 2]"),
+        (problems(model("ScatterND", [(2, 2), (1, 1), (1, 2)], reduction="add")), "expected no reduction; found add"),
+        (problems(model("GridSample", [(1, 2, 4, 4, 4), (1, 4, 4, 4, 3)])), "expected an input of rank 4; found 5"),
+        (problems(model("LSTM", [(2, 1, 4)] * 3, layout=1)), "TensorRT does not take layout"),
     ],
 )
 def test_refused(found: list[str], reason: str) -> None:
@@ -65,3 +71,25 @@ def test_constants_may_be_axes() -> None:
     axes.const_value = ir.tensor(np.array([1]), name="x1")
     graph.graph.register_initializer(axes)
     assert problems(graph) == []
+
+
+@pytest.mark.parametrize(
+    ("operator", "shapes", "attributes"),
+    [
+        ("AveragePool", [(1, 4, 8, 8)], {"kernel_shape": [2, 2], "strides": [2, 2]}),
+        ("MaxPool", [(1, 4, 8, 8, 8)], {"kernel_shape": [2, 2, 2], "dilations": [1, 1, 1]}),
+        ("ScatterND", [(2, 2), (1, 1), (1, 2)], {}),
+        ("Dropout", [(2,)], {}),
+        ("GridSample", [(1, 2, 4, 4), (1, 4, 4, 2)], {}),
+    ],
+)
+def test_what_meets_a_restriction_is_taken(operator: str, shapes: list[tuple[int, ...]], attributes: dict[str, Any]) -> None:
+    found = model(operator, shapes, **attributes)
+    assert problems(found) == unchecked(found) == []
+
+
+def test_a_fact_is_told_once() -> None:
+    graph = model("Det", [(2, 2)])
+    second = ir.node("Det", [graph.graph.inputs[0]], name="m")
+    graph.graph.append(second)
+    assert problems(graph) == ["Det n and 1 more: TensorRT has no such operator"]

@@ -16,7 +16,8 @@ from enum import IntEnum
 
 import onnx_ir as ir
 
-SHAPES = frozenset({ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL})
+from mteo_deploy.exporters.constants import SHAPES
+
 RANDOM = frozenset(
     {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"},
 )

@@ -49,6 +49,7 @@ class Hoist(ir.passes.InPlacePass):
         if any(value.dtype is None for node in graph for value in node.outputs):
             infer_shapes(model)  # integers of the batch are told from numbers by their type
         times = binding_times(model, self.request)
+        _ask_the_state(graph, times)
         early = [node for node in graph if times[node.outputs[0]] == BindingTime.REQUEST]
         if not all(_is_known(value) for node in early for value in node.outputs):
             infer_shapes(model)  # engines plan their memory from the inputs' shapes
@@ -78,13 +79,31 @@ def _cut(early: list[ir.Node], times: dict[ir.Value, BindingTime]) -> _Nodes:
     return hoisted
 
 
+def _ask_the_state(graph: ir.Graph, times: dict[ir.Value, BindingTime]) -> None:
+    """Take the length of the batch from the state wherever a request-time value is asked for it: the value need not cross."""
+    batch = batch_of(graph)
+    for node in list(graph):
+        source = node.inputs[0] if asks_for_batch(node, batch) else None
+        if source is None or times[source] != BindingTime.REQUEST or times[node.outputs[0]] != BindingTime.BATCH:
+            continue
+        old = node.outputs[0]
+        made = _shape_from(graph, graph.inputs[0], shape_of(node), old.name or "")
+        new = made[-1].outputs[0]
+        new.type, new.shape = old.type, old.shape
+        graph.insert_after(node, made)
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
+        new.name, old.name = old.name, None
+        graph.remove(node, safe=True)
+        times.update((output, BindingTime.BATCH) for one in made for output in one.outputs)
+
+
 def _ask_the_request(graph: ir.Graph, hoisted: _Nodes, times: dict[ir.Value, BindingTime], request: Collection[str]) -> None:
     """Copy for the prelude what its nodes need of the length of the batch, which a request input gives there."""
     carrier, batch = batch_carrier(graph, request), batch_of(graph)
     copies: dict[ir.Value, ir.Value] = {}
 
     def early(value: ir.Value | None) -> ir.Value | None:
-        node = None if value is None or times[value] != BindingTime.BATCH else value.producer()
+        node = None if value is None or times.get(value) != BindingTime.BATCH else value.producer()
         if value is None or node is None or carrier is None:
             return value
         if value not in copies:

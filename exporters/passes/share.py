@@ -7,10 +7,10 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from mteo_deploy.exporters.constants import SHAPES
+
 THRESHOLD = 64  # bytes; scalars and shapes stay inside the graph, where engines look for them
 ALIGNMENT = 64  # bytes: a cache line, enough for engines that map the file and use tensors in place
-SHAPES = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL, ir.DataType.STRING)
-"""Types of constants that are no weights: engines read them while they open a graph."""
 
 
 class WeightFile:

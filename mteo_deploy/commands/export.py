@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +138,10 @@ def export(
         show_table("", list(KINDS), kinds)
     if tried := compiler.get("auto"):
         show_table("", list(TRIED), tried_rows(tried))
-    refused = [f"{graph['graph']}: {problem}" for graph in compiler["graphs"] for problem in graph["tensorrt"]]
+    refused = _facts(compiler["graphs"], "tensorrt")
     echo(f"TensorRT would refuse: {'; '.join(refused)}" if refused else "TensorRT's parser has every operator and type used")
+    if unknown := _facts(compiler["graphs"], "tensorrt_unchecked"):
+        echo(f"not checked, what TensorRT restricts: {'; '.join(unknown)}")
     echo(
         f"{output}: {len(bundle.plan.evaluations)} evaluations, {', '.join(bundle.realisations)}, {total / 1e6:.2f} MB, "
         f"{bundle.manifest['export_seconds']:.1f} s"
@@ -152,6 +155,15 @@ def export(
     for part, why in bundle.manifest["left_out"].items():
         echo(f"no {part} in the bundle: {why}")
     echo(f"next: {command('mteo-deploy', 'build', output)}{_as_measured(compiler)}")
+
+
+def _facts(graphs: Sequence[dict[str, Any]], key: str) -> list[str]:
+    """Each fact of the graphs once, and in how many graphs it is beside the first."""
+    found: dict[str, list[str]] = {}
+    for graph in graphs:
+        for fact in graph.get(key, []):
+            found.setdefault(fact, []).append(graph["graph"])
+    return [f"{fact} ({names[0]}{f' and {len(names) - 1} more' * (len(names) > 1)})" for fact, names in found.items()]
 
 
 def _as_measured(compiler: dict[str, Any]) -> str:
