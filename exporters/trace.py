@@ -147,6 +147,8 @@ def _by_batch(trace: Callable[[int, dict[int, Any]], Traced], largest: int, batc
     try:
         return trace(2, {0: torch.export.Dim("batch", min=1, max=largest)})
     except FixedAxisError:
+        with contextlib.suppress(FixedAxisError):  # where torch would guard against 1: what is computed there is compared
+            return trace(2, {0: torch.export.Dim("batch", min=2, max=largest)})
         if batch is None:
             raise
         return trace(batch, {})
