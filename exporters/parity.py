@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils._pytree import tree_leaves
 
-from mteo_deploy.errors import InputError
+from mteo_deploy.errors import InputError, border
 from mteo_deploy.exporters.evaluate import evaluate
 
 TOLERANCE = 1e-3
@@ -57,11 +58,11 @@ def check(traced: Traced, cases: Iterable[Case]) -> None:
         InputError: when torch does not take a case, or the graph computes something else.
     """
     for case in cases:
-        expected = _numbers(lambda case=case: traced.module(*case.args), traced.what, case)
+        expected = _numbers(partial(traced.module, *case.args), traced.what, case)
         names = dict(zip(traced.inputs, (value.numpy() for value in tree_leaves(case.args)), strict=True))
         found = _graph(traced, names, case)
         if found is None:
-            found = _numbers(lambda case=case: traced.program.module()(*case.args), f"the trace of {traced.what}", case)
+            found = _numbers(partial(traced.program.module(), *case.args), f"the trace of {traced.what}", case)
         for one, wanted in zip(found, expected, strict=True):
             if one.shape != wanted.shape or not _error(one, wanted) <= TOLERANCE:
                 what = f"an output of {one.shape} for {wanted.shape}" if one.shape != wanted.shape else "other numbers"
@@ -72,21 +73,13 @@ def check(traced: Traced, cases: Iterable[Case]) -> None:
 
 
 def _graph(traced: Traced, feeds: dict[str, NDArray[Any]], case: Case) -> list[NDArray[Any]] | None:
-    try:
+    with border(f"expected the graph traced of {traced.what} to run at {case.size}", case.way_out):
         return evaluate(traced.model, feeds)
-    except Exception as error:  # onnxruntime's own types
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
-        what = f"the graph traced of {traced.what} to run at {case.size}"
-        raise InputError(f"expected {what}; {type(error).__name__}: {reason}; {case.way_out}") from error
 
 
 def _numbers(call: Callable[[], Any], what: str, case: Case) -> list[NDArray[Any]]:
-    try:
-        with torch.no_grad():
-            return [value.numpy() for value in tree_leaves(call())]
-    except Exception as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
-        raise InputError(f"expected {what} to take {case.size}; {type(error).__name__}: {reason}; {case.way_out}") from error
+    with border(f"expected {what} to take {case.size}", case.way_out), torch.no_grad():
+        return [value.numpy() for value in tree_leaves(call())]
 
 
 def _error(found: NDArray[Any], wanted: NDArray[Any]) -> float:
