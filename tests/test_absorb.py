@@ -328,7 +328,7 @@ def unet(norm: str, with_time: bool, dynamic: bool) -> ir.Model:
     batch = {0: torch.export.Dim("batch", min=1, max=64)} if dynamic else None
     shapes = (batch, [None] * count) if with_time else (batch,)
     args = (torch.zeros(2, 1, 8, 8), given) if with_time else (torch.zeros(2, 1, 8, 8),)
-    model = _export(module, args, ["state", *names], ["output"], shapes if dynamic else None)
+    model = _export(module, args, ["state", *names], ["output"], shapes if dynamic else None, "it").model
     values = {name: normal(1, 32, seed=i) for i, name in enumerate(names)}
     feeds = {"state": normal(2, 1, 8, 8), **values}
     reports = run_passes(model, [Bind(values), Fold(), Absorb()], feeds)
@@ -360,7 +360,7 @@ class DiT(torch.nn.Module):
 
 def test_dit_keeps_affine_norms_and_gates_only() -> None:
     args = (torch.zeros(2, 2, 8, 8), torch.tensor([3]), torch.tensor([1]))
-    model = _export(DiT(), args, ["state", "timestep", "label"], ["output"], None)
+    model = _export(DiT(), args, ["state", "timestep", "label"], ["output"], None, "it").model
     fixed = {"timestep": np.array([3]), "label": np.array([1])}
     feeds = {"state": normal(2, 2, 8, 8), **fixed}
     one = Absorb()
