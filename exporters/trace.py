@@ -143,12 +143,13 @@ def trace_generic(adapter: Adapter, dynamic: Collection[str] = (), batch: int | 
 
 
 def _by_batch(trace: Callable[[int, dict[int, Any]], Traced], largest: int, batch: int | None) -> Traced:
-    """With a dynamic batch; where that is a number in the network, and one size is wanted, for that size."""
+    """With a dynamic batch; where that is a number in the network, and one size is wanted, for that size.
+
+    From 2 on: torch would guard against 1 in many networks, and be asked twice. What a graph computes at 1 is compared.
+    """
     try:
-        return trace(2, {0: torch.export.Dim("batch", min=1, max=largest)})
+        return trace(2, {0: torch.export.Dim("batch", min=2, max=largest)})
     except FixedAxisError:
-        with contextlib.suppress(FixedAxisError):  # where torch would guard against 1: what is computed there is compared
-            return trace(2, {0: torch.export.Dim("batch", min=2, max=largest)})
         if batch is None:
             raise
         return trace(batch, {})

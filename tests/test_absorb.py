@@ -325,7 +325,7 @@ def unet(norm: str, with_time: bool, dynamic: bool) -> ir.Model:
     count = sum(isinstance(m, ResnetBlock2D) for m in network.modules()) if with_time else 0
     given = [torch.zeros(1, 32) for _ in range(count)]
     names = [f"emb/{i}" for i in range(count)]
-    batch = {0: torch.export.Dim("batch", min=1, max=64)} if dynamic else None
+    batch = {0: torch.export.Dim("batch", min=2, max=63)} if dynamic else None
     shapes = (batch, [None] * count) if with_time else (batch,)
     args = (torch.zeros(2, 1, 8, 8), given) if with_time else (torch.zeros(2, 1, 8, 8),)
     model = _export(module, args, ["state", *names], ["output"], shapes if dynamic else None, "it").model
