@@ -125,13 +125,12 @@ def _replace(graph: ir.Graph, value: ir.Value, array: NDArray[Any]) -> None:
     name, tensor = value.name, ir.tensor(np.ascontiguousarray(array).reshape(np.shape(array)), dtype=value.dtype)
     constant = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape))
     tensor.name, constant.const_value = name, tensor
-    is_output = value.is_graph_output()
-    value.replace_all_uses_with(constant, replace_graph_outputs=False)
     value.name = f"{name}/before"
-    if is_output:
+    if value.is_graph_output():
         constant.name = tensor.name = f"{name}/constant"
         node = ir.node("Identity", [constant], name=f"{name}/output")
         node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = name, constant.type, constant.shape
         graph.append(node)
         graph.outputs[list(graph.outputs).index(value)] = node.outputs[0]
+    value.replace_all_uses_with(constant)
     graph.register_initializer(constant)
