@@ -168,6 +168,7 @@ def _fixed(watch: _Watch, names: dict[int, str], text: str, what: str) -> FixedA
             return FixedAxisError(_fixed_line(what, axis, f"makes the number {number} of it", where))
     axis = named[0] if named else next(iter(names.values()), "batch")
     reason = next((line.strip(" -") for line in text.splitlines() if "satisfy" in line or "specialized" in line), "")
+    reason = reason.partition("Specializations unexpectedly")[0]
     reason = re.sub(r"L\[.*?\.size\(\)\[\d+\]", "it", reason.replace(" = L['", " L['"))
     places = [where for condition, where in watch.guards if where and any(symbol in condition for symbol in watch.axes)]
     return FixedAxisError(_fixed_line(what, axis, f"takes some sizes only ({_short(reason)})", places[0] if places else None))
@@ -189,7 +190,11 @@ def _untraceable(error: BaseException, what: str) -> str:
     """One line for an exception of a trace: torch's reason, and the network's line."""
     where = _line(reversed([(frame, number) for frame, number in walk_tb(error.__traceback__)]))
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
-    hint = "take Python's if, for and .item() off tensors' values" if "data-dependent" in reason else "change it there"
+    hint = (
+        "take Python's if, for and .item() off tensors' values"
+        if "data-dependent" in reason
+        else "change it there, or export with one size of the batch: --batch 1"
+    )
     at = f" at {where}" if where else ""
     return f"expected {what} to be traced by torch.export; {type(error).__name__}{at}: {_short(reason)}; {hint}"
 

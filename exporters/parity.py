@@ -44,11 +44,16 @@ class Traced:
 
 @dataclass(frozen=True)
 class Case:
-    """Arguments to compare on, and in words what size they are (``batch 3``) and how to export without it."""
+    """Arguments to compare on, and in words what size they are (``batch 3``) and how to export without it.
+
+    Attributes:
+        shape: that the output has to have; None for any.
+    """
 
     args: tuple[Any, ...]
     size: str
     way_out: str
+    shape: tuple[int, ...] | None = None
 
 
 def check(traced: Traced, cases: Iterable[Case]) -> None:
@@ -59,6 +64,11 @@ def check(traced: Traced, cases: Iterable[Case]) -> None:
     """
     for case in cases:
         expected = _numbers(partial(traced.module, *case.args), traced.what, case)
+        if case.shape is not None and expected[0].shape != case.shape:
+            raise InputError(
+                f"expected {traced.what} to give an output of shape {case.shape} at {case.size}; found {expected[0].shape}; "
+                "reshape it in the adapter"
+            )
         names = dict(zip(traced.inputs, (value.numpy() for value in tree_leaves(case.args)), strict=True))
         found = _graph(traced, names, case)
         if found is None:

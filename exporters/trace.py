@@ -11,6 +11,7 @@ import io
 import logging
 import warnings
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import onnx_ir as ir
@@ -19,7 +20,7 @@ from onnx_ir.passes import common
 
 from mteo_deploy.errors import InputError
 from mteo_deploy.exporters.base import Adapter
-from mteo_deploy.exporters.capture import FixedAxisError, capture, conversion_reason
+from mteo_deploy.exporters.capture import capture, conversion_reason
 from mteo_deploy.exporters.decoder import Decoder
 from mteo_deploy.exporters.parity import BATCHES, Case, Traced, check
 from mteo_deploy.exporters.slim import slim
@@ -138,8 +139,14 @@ def trace_generic(adapter: Adapter, dynamic: Collection[str] = (), batch: int | 
     traced = _by_batch(trace, largest, batch)
     _check_output(traced, adapter.sample_shape)
     shapes = [adapter.sample_shape, (*adapter.sample_shape[:-2], *other_size(adapter, dynamic))]
-    check(traced, (_case(n, shape, _generic_args(adapter, n, shape), batch) for n, shape in _sizes(batch, shapes)))
+    check(traced, (_generic_case(adapter, n, shape, dynamic, batch) for n, shape in _sizes(batch, shapes)))
     return traced.model
+
+
+def _generic_case(adapter: Adapter, count: int, shape: tuple[int, ...], dynamic: Collection[str], batch: int | None) -> Case:
+    case = _case(count, shape, _generic_args(adapter, count, shape), batch)
+    way_out = "export with fixed sizes: --dynamic batch" if {*dynamic} & {"height", "width"} else case.way_out
+    return replace(case, way_out=way_out, shape=(count, *shape))
 
 
 def _by_batch(trace: Callable[[int, dict[int, Any]], Traced], largest: int, batch: int | None) -> Traced:
@@ -149,7 +156,7 @@ def _by_batch(trace: Callable[[int, dict[int, Any]], Traced], largest: int, batc
     """
     try:
         return trace(2, {0: torch.export.Dim("batch", min=2, max=largest)})
-    except FixedAxisError:
+    except InputError:
         if batch is None:
             raise
         return trace(batch, {})

@@ -126,6 +126,11 @@ class Cached(Plain):
         return self.network(state, torch.zeros(1)) + self.network.grid
 
 
+class Squeezed(Plain):
+    def run(self, state: torch.Tensor) -> torch.Tensor:
+        return self.network(state, torch.zeros(1)).squeeze()
+
+
 class Wide(Plain):
     def run(self, state: torch.Tensor) -> torch.Tensor:
         return torch.cat([self.network(state, torch.zeros(1))] * 2, 1)
@@ -180,6 +185,8 @@ def test_a_cache_is_left_as_it_was() -> None:
 def test_an_output_of_another_shape_is_refused() -> None:
     with pytest.raises(InputError, match=r"output of the state's shape \[batch, 3, 8, 8\]; found \[batch, 6, 8, 8\]"):
         trace_generic(Wide())
+    with pytest.raises(InputError, match=r"output of shape \(1, 3, 8, 8\) at batch 1, 3x8x8; found \(3, 8, 8\)"):
+        trace_generic(Squeezed())
 
 
 # --- the batch is known with the request -----------------------------------------------------------------------------
