@@ -143,7 +143,8 @@ class Adapter(ABC, torch.nn.Module):
         multiple, others, own = self.fixed_multiple or self.size_multiple, self.sample_shape[:-2], self.sample_shape[-2:]
         fits = multiple is not None and height % multiple == width % multiple == 0
         fits = fits and min(height, width) > 0 and max(height, width) <= LARGEST_SIDE
-        if ((height, width) != own and not fits) or height % self.patch_size or width % self.patch_size:
+        own_fits = (height, width) == own and min(own) > 0
+        if not (fits or own_fits) or height % self.patch_size or width % self.patch_size:
             raise InputError(self.size_error(height, width, multiple))
         self.sample_shape = (*others, height, width)
         self.levels, self.prediction_type = noise_levels(self.scheduler_config, self.image_tokens)
@@ -504,7 +505,7 @@ def _loaded(cls: type[Adapter], path: Path, scheduler_config: dict[str, Any], we
             f"expected {name}.__init__ to set {', '.join(ATTRIBUTES)}; found no {', '.join(missing)}; set it there"
         )
     shape = found.sample_shape
-    if not isinstance(shape, Sequence) or len(shape) < 2 or not all(isinstance(n, int) and n > 0 for n in shape):
+    if not isinstance(shape, Sequence) or len(shape) < 2 or not all(isinstance(n, int) and n >= 0 for n in shape):
         raise InputError(f"expected {name}.sample_shape as (channels, height, width); found {shape!r}; set it in __init__")
     if not isinstance(found.network, torch.nn.Module):
         raise InputError(f"expected {name}.network to be a torch module; found a {type(found.network).__name__}")

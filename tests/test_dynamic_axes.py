@@ -11,14 +11,15 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
-from families import redraw
+from diffusers import DDPMScheduler, UNet2DConditionModel, UNet2DModel
+from families import redraw, save_pipeline
 from helpers import relative
 from torch import nn
 from torch.nn.functional import silu
 
 from mteo_deploy.bundle import Bundle
 from mteo_deploy.errors import InputError
+from mteo_deploy.exporters.base import load_backbone
 from mteo_deploy.exporters.capture import FixedAxisError
 from mteo_deploy.exporters.describe import parameter_times
 from mteo_deploy.exporters.evaluate import evaluate
@@ -296,7 +297,7 @@ def conditional(**options: Any) -> UNet2DConditionModel:
 
 
 def test_a_unet_takes_what_diffusers_takes() -> None:
-    """9x13 and 1x3 run in diffusers' UNet2DConditionModel, whose graph of that size computes the same."""
+    """9x13 runs in diffusers' UNet2DConditionModel, whose graph of that size computes the same."""
     network = conditional()
     adapter = UNet2DConditionAdapter(network, {"_class_name": "DDPMScheduler"}).requires_grad_(False).eval()
     adapter.set_size(9, 13)
@@ -327,6 +328,15 @@ def test_a_size_that_cannot_run_names_one_that_does() -> None:
             adapter.set_size(*adapter.sample_shape[-2:])
         adapter.set_size(6, 10)
         assert adapter.sample_shape == (1, 6, 10)
+
+
+def test_no_sample_size_is_no_size(tmp_path: Path) -> None:
+    """Through the loader, with weights and without: --size is what it takes."""
+    model = save_pipeline(tmp_path / "m", unet(sample_size=None), DDPMScheduler(), "unet")
+    for weights in (True, False):
+        assert load_backbone(model, size=(6, 10), weights=weights).sample_shape == (1, 6, 10)
+        with pytest.raises(InputError, match="names no sample_size; pass --size HEIGHTxWIDTH, in multiples of 2"):
+            load_backbone(model, weights=weights)
 
 
 def test_channels() -> None:
