@@ -109,12 +109,14 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_cache(bundle_copy: Path) -> None:
     (name,) = (path.name for path in (bundle_copy / "engines").iterdir())
     assert call("cache", "list", bundle_copy).stdout.endswith("fits the bundle\n")
-    (bundle_copy / "engines" / ".openvino-cpu-0.abc.tmp").mkdir()
+    left = bundle_copy / "engines" / ".build.abcd1234.tmp"
+    left.mkdir()
+    (left / ".lock").touch()  # which nobody holds: its writer died
     stale = bundle_copy / "engines" / "onnxruntime-cpu-000000000000"
     shutil.copytree(bundle_copy / "engines" / name, stale)
     entries = {entry["name"]: entry for entry in json.loads(call("cache", "list", bundle_copy, "--json").stdout)}
     assert {name: entry["reason"] for name, entry in entries.items()} == {
-        ".openvino-cpu-0.abc.tmp": "left by a build that was interrupted",
+        left.name: "left by a build that was interrupted",
         "onnxruntime-cpu-000000000000": "moved from another key",
         name: "",
     }

@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from helpers import Array, Faulty, altered, failed
+from helpers import Array, Faulty, altered, edit_json, failed
 
 from mteo_deploy.bundle import Bundle
 from mteo_deploy.cli import main
@@ -123,7 +123,7 @@ def test_newest_of_each_precision(both: Path, tmp_path: Path) -> None:
     found = cache.every(Bundle.open(path))
     assert [(one.backend.name, one.precision) for one in found] == [("onnxruntime", "fp32"), ("openvino", "fp32")]
     assert found[0].directory == newest
-    (newest / "more").touch()
+    edit_json(newest / "engine.json", lambda record: record["parts"]["options"].update(threads=3))
     assert cache.every(Bundle.open(path), ["onnxruntime"])[0].options["threads"] == 1
 
 
