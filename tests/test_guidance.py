@@ -341,13 +341,13 @@ def test_command_line(bundle: Path, name: str, models: dict[str, Path], tmp_path
     np.testing.assert_array_equal(found[0], found[1])
     assert relative(found[2], found[0]) > 1e-3
     refused = call(*sample, "--guidance-scale", "nan")
-    assert refused.exit_code == 2 and "guidance_scale as finite numbers" in refused.stderr
+    assert refused.exit_code == 2 and "'nan' is not a finite number" in refused.stderr
     model = ["--model", str(models["unet"]), "--steps", "2", "-o"]
     for arguments, message in [
         (["export", *model, str(tmp_path / "b"), "--plain", "--guidance-scale", "3"], "pass --null-class LABEL"),
         (["export", *model, str(tmp_path / "b"), "--plain", "--null-class", "3"], "--null-class with --guidance-scale only"),
         (["distill", *model, str(tmp_path / "e.safetensors"), "--guidance-scale", "3", "--null-class", "11"], "in [0, 11)"),
-        (["distill", *model, str(tmp_path / "e.safetensors"), "--guidance-scale", "inf"], "expected a number"),
+        (["distill", *model, str(tmp_path / "e.safetensors"), "--guidance-scale", "inf"], "'inf' is not a finite number"),
     ]:
         refused = call(*arguments)
         assert refused.exit_code == 2 and message in refused.stderr, refused.output

@@ -147,7 +147,8 @@ def test_sizes_that_do_not_fit(open_bundle: Path, tiny_bundle: Path, tmp_path: P
 
 def test_a_bundle_of_an_older_version_has_its_own_size(tiny_bundle: Path, tmp_path: Path) -> None:
     def older(manifest: dict[str, Any]) -> None:
-        del manifest["dynamic"], manifest["batches"], manifest["backbone"]["size_multiple"]
+        manifest["schema"] = 1
+        del manifest["digest"], manifest["dynamic"], manifest["batches"], manifest["backbone"]["size_multiple"]
 
     bundle = Bundle.open(altered(tiny_bundle, tmp_path / "b", older))
     assert bundle.batches == [] and bundle.shape_at((8, 8)) == bundle.shape_at(None) == (1, 8, 8)
