@@ -40,7 +40,7 @@ class SanaAdapter(SharedProjectionAdapter):
             )
         self.patch_size = self.fixed_multiple = int(config.patch_size)
         self.sample_shape = (int(config.in_channels), size, size)
-        check_channels(self.family, self.sample_shape[0], int(network.out_channels))
+        check_channels(self.family, self.sample_shape[0], int(config.out_channels or config.in_channels))
         self.share(network.time_embed, network.proj_out.in_features)
         self.set_tokens(TOKENS)
         self.set_size(size, size)
