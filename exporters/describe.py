@@ -176,6 +176,7 @@ def parameter_times(adapter: Adapter) -> dict[str, set[str]]:
             return torch.empty(count, *adapter.sample_shape), requests
 
         state, requests = arguments(3)
+        functional_call(adapter, weights | buffers, (state, *embeddings), requests)  # fills what a network keeps: positions
         with _Calls() as at_another_batch:
             functional_call(adapter, weights | buffers, (state, *embeddings), requests)
         state, requests = arguments(2)

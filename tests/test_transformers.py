@@ -99,7 +99,7 @@ class Family:
 
 POOLED = ("norm1.linear", "norm1_context.linear", "norm_out.linear", "text_embedder", "context_embedder")
 EMBEDDER = ("timestep_embedder",)
-DYNAMIC = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+DYNAMIC, FLOW = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "FlowMatchEulerDiscreteScheduler"
 CAPTION = ("caption_projection", "attn2.to_k", "attn2.to_v")
 
 FAMILIES = {
@@ -333,7 +333,10 @@ def test_published_configuration(name: str) -> None:
     cls, config, parameters, modulation, steps = PUBLISHED[name]
     with torch.device("meta"):
         network = cls(**config)
-    found = families()[cls.__name__](network, DYNAMIC.config if cls is not PixArtTransformer2DModel else {})
+    found = families()[cls.__name__](
+        network,
+        {"_class_name": "DDPMScheduler"} if cls is PixArtTransformer2DModel else {**DYNAMIC.config, "_class_name": FLOW},
+    )
     times, sizes = parameter_times(found), {name: p.numel() for name, p in found.named_parameters()}
     assert found.parameter_count == parameters
     assert round(parameters_of(network, MODULATION) / parameters, 3) == modulation
@@ -351,7 +354,7 @@ def test_published_configuration(name: str) -> None:
 )
 def test_other_kinds_are_refused(network: Callable[[], Any], named: str) -> None:
     with pytest.raises(InputError, match=named):
-        families()[type(built := network()).__name__](built, {})
+        families()[type(built := network()).__name__](built, {"_class_name": "FlowMatchEulerDiscreteScheduler"})
 
 
 @pytest.mark.parametrize("model", ["sd3"], indirect=True)
